@@ -1,0 +1,53 @@
+"""Packed documents: what `cu_seqlens` means, checked and translated in one place.
+
+`cu_seqlens` [N + 1] holds the borders of N documents laid end to end in one row of T tokens (batch size 1):
+document i is tokens cu_seqlens[i] : cu_seqlens[i + 1]. It starts at 0, never falls, and ends at T. A document may
+be empty.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int) -> int:
+    """The number of documents N, after the checks that need no value of the tensor (so that tracing can do them).
+
+    Raises:
+        ValueError: it is not a one-dimensional integer tensor, or the batch is not 1.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 1:
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}; give int32 or int64 [N + 1]"
+        )
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs documents into one row, but the batch is {batch}; reshape to [1, B * T, ...]")
+    return len(cu_seqlens) - 1
+
+
+def document_borders(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
+    """The borders as Python numbers, after the checks that need their values (one device synchronisation).
+
+    Raises:
+        ValueError: it does not start at 0, falls somewhere, or does not end at `num_tokens`.
+    """
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != num_tokens:
+        raise ValueError(
+            f"cu_seqlens runs from {borders[0]} to {borders[-1]}; it must run from 0 to the number of tokens, {num_tokens}"
+        )
+    for i in range(len(borders) - 1):
+        if borders[i + 1] < borders[i]:
+            raise ValueError(f"cu_seqlens falls from {borders[i]} to {borders[i + 1]} at document {i}; it may not fall")
+    return borders
+
+
+def document_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """[T] int64: which document each token belongs to."""
+    ends = cu_seqlens[1:].to(torch.int64)
+    return torch.searchsorted(ends, torch.arange(num_tokens, device=ends.device), right=True)
+
+
+def document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """[T] int64: how many tokens of its own document stand before each token."""
+    starts = cu_seqlens.to(torch.int64)[document_ids(cu_seqlens, num_tokens)]
+    return torch.arange(num_tokens, device=starts.device) - starts
