@@ -20,7 +20,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int) -> int:
             f"cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}; give int32 or int64 [N + 1]"
         )
     if batch != 1:
-        raise ValueError(f"cu_seqlens packs documents into one row, but the batch is {batch}; reshape to [1, B * T, ...]")
+        raise ValueError(
+            f"cu_seqlens packs documents into one row, but the batch is {batch}; reshape to [1, B * T, ...]"
+        )
     return len(cu_seqlens) - 1
 
 
@@ -33,7 +35,7 @@ def document_borders(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
     borders = cu_seqlens.tolist()
     if borders[0] != 0 or borders[-1] != num_tokens:
         raise ValueError(
-            f"cu_seqlens runs from {borders[0]} to {borders[-1]}; it must run from 0 to the number of tokens, {num_tokens}"
+            f"cu_seqlens runs from {borders[0]} to {borders[-1]}; it must run from 0 to T = {num_tokens}"
         )
     for i in range(len(borders) - 1):
         if borders[i + 1] < borders[i]:

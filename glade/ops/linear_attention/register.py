@@ -1,0 +1,98 @@
+"""Turns a backend's `forward` and `backward` into one differentiable torch custom op with fake tensors.
+
+A backend gives two plain functions on tensors; neither sees autograd, and `torch.compile` sees neither:
+
+    forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> [o, final_state, *kept]
+    backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> gradients in the order of
+        q, k, v, g, erase, write, state, for those of them that are given
+
+`keep` says whether a backward may follow; `kept_like` tells, from shapes alone, what `forward` then hands over.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from glade.ops.linear_attention.contract import state_dtype
+
+Run = Callable[..., tuple[Tensor, Tensor]]
+
+
+def register(
+    name: str,
+    forward: Callable[..., list[Tensor]],
+    backward: Callable[..., list[Tensor]],
+    kept_like: Callable[..., list[Tensor]],
+) -> Run:
+    """Defines `glade::linear_attention_{name}` and its backward, and returns the call behind the contract."""
+
+    def forward_op(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        erase: Tensor | None,
+        write: Tensor | None,
+        scale: float,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        keep: bool,
+    ) -> list[Tensor]:
+        return forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep)
+
+    def backward_op(
+        do: Tensor,
+        d_final: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        erase: Tensor | None,
+        write: Tensor | None,
+        scale: float,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        kept: Sequence[Tensor],
+    ) -> list[Tensor]:
+        return backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, list(kept))
+
+    op = torch.library.custom_op(f"glade::linear_attention_{name}", forward_op, mutates_args=())
+    d_op = torch.library.custom_op(f"glade::linear_attention_{name}_backward", backward_op, mutates_args=())
+
+    @op.register_fake
+    def _(q, k, v, g, erase, write, scale, state, cu_seqlens, keep):
+        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        final = v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(v))
+        kept = kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) if keep else []
+        return [torch.empty_like(v, memory_format=torch.contiguous_format), final, *kept]
+
+    @d_op.register_fake
+    def _(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept):
+        given = (q, k, v, g, erase, write, state)
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given if x is not None]
+
+    def setup_context(ctx, inputs, output):
+        *tensors, scale, state, cu_seqlens, _ = inputs
+        ctx.scale, ctx.num_kept = scale, len(output) - 2
+        ctx.save_for_backward(*tensors, state, cu_seqlens, *output[2:])
+
+    def backward_of(ctx, grads):
+        q, k, v, g, erase, write, state, cu_seqlens, *kept = ctx.saved_tensors
+        do, d_final = grads[0], grads[1]
+        gradients = iter(d_op(do, d_final, q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, kept))
+        dq, dk, dv, dg, d_erase, d_write, d_state = (
+            None if x is None else next(gradients) for x in (q, k, v, g, erase, write, state)
+        )
+        return dq, dk, dv, dg, d_erase, d_write, None, d_state, None, None
+
+    op.register_autograd(backward_of, setup_context=setup_context)
+
+    def run(q, k, v, g, erase, write, scale, state, cu_seqlens):
+        keep = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, g, erase, write, state)
+        )
+        o, final, *_ = op(q, k, v, g, erase, write, scale, state, cu_seqlens, keep)
+        return o, final
+
+    return run
