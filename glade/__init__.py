@@ -1,9 +1,9 @@
 """glade: gated linear attention and delta engine. `import glade` loads nothing heavy; names resolve on first use.
 
-    model = glade.load("runs/demo/checkpoints/best")
-    print(glade.generate(model, "ROMEO:", max_new_tokens=200))
-    glade.train(config)                  # a `glade.train.Config`, see glade.recipes for ready ones
-    o, state = glade.ops.linear_attention(q, k, v, g=g, erase=b, write=w)
+model = glade.load("runs/demo/checkpoints/best")
+print(glade.generate(model, "ROMEO:", max_new_tokens=200))
+glade.train(config)                  # a `glade.train.Config`, see glade.recipes for ready ones
+o, state = glade.ops.linear_attention(q, k, v, g=g, erase=b, write=w)
 """
 
 from importlib import import_module

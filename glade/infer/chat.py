@@ -97,7 +97,7 @@ def run(config: ChatConfig) -> None:
             return
         try:
             _answer(chat, line)
-        except DataError as error:
+        except (ConfigError, DataError) as error:
             # a line that cannot be read costs that line, not the conversation
             print(f"glade chat: {error}", file=sys.stderr)
 

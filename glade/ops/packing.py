@@ -34,9 +34,7 @@ def document_borders(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
     """
     borders = cu_seqlens.tolist()
     if borders[0] != 0 or borders[-1] != num_tokens:
-        raise ValueError(
-            f"cu_seqlens runs from {borders[0]} to {borders[-1]}; it must run from 0 to T = {num_tokens}"
-        )
+        raise ValueError(f"cu_seqlens runs from {borders[0]} to {borders[-1]}; it must run from 0 to T = {num_tokens}")
     for i in range(len(borders) - 1):
         if borders[i + 1] < borders[i]:
             raise ValueError(f"cu_seqlens falls from {borders[i]} to {borders[i + 1]} at document {i}; it may not fall")

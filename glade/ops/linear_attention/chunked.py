@@ -164,8 +164,9 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
         dk += x.erase * de
     gradients = [_over_groups(layout, dq * scale, q), _over_groups(layout, dk, k)]
     gradients.append(layout.to_tokens(_times(x.write, dR), v.dtype))
-    for gate, d_gate in ((g, dg), (erase, None if de is None else x.k * de), (write, x.v * dR)):
-        if gate is not None:
+    d_erase = None if de is None else x.k * de
+    for gate, d_gate in ((g, dg), (erase, d_erase), (write, x.v * dR)):
+        if gate is not None and d_gate is not None:
             if gate.dim() == 3 and d_gate.shape[-1] > 1:
                 d_gate = d_gate.sum(-1, keepdim=True)
             gradients.append(layout.to_tokens(d_gate, gate.dtype).view(gate.shape))

@@ -3,7 +3,7 @@
 Used by the tests and by `glade doctor`; it decides nothing, it measures. Tolerances: `glade.ops.tolerances`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def make_inputs(
     given_state: bool = True,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """The tensors of one call by argument name: unit keys, erase and write in (0, 1), g of the given kind (in fp32, or
     `gate_dtype`), all rounded to the dtype they are passed in."""
     B, T, H, HV, K, V = shape
@@ -85,7 +85,7 @@ def make_inputs(
 
     rows = B if cu_seqlens is None else len(cu_seqlens) - 1
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    inputs = {
+    inputs: dict[str, Any] = {
         "q": normal(B, T, H, K).to(dtype),
         "k": normalize(normal(B, T, H, K), dim=-1).to(dtype),
         "v": normal(B, T, HV, V).to(dtype),
@@ -100,7 +100,7 @@ def make_inputs(
 
 
 def run_with_gradients(
-    inputs: dict[str, Tensor | None], backend: str, cu_seqlens: Tensor | None = None, seed: int = 1
+    inputs: dict[str, Any], backend: str, cu_seqlens: Tensor | None = None, seed: int = 1
 ) -> dict[str, Tensor]:
     """o, the final state, and the gradients ("dq", ...) of a fixed random linear function of both."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if x is not None}
@@ -122,7 +122,7 @@ def run_with_gradients(
     return {"o": o.detach(), "state": state.detach(), **named}
 
 
-def errors(inputs: dict[str, Tensor | None], backend: str, cu_seqlens: Tensor | None = None) -> dict[str, float]:
+def errors(inputs: dict[str, Any], backend: str, cu_seqlens: Tensor | None = None) -> dict[str, float]:
     """The relative error of every output and gradient of `backend` against the token loop in fp64."""
     exact_inputs = {name: x if x is None else x.double() for name, x in inputs.items()}
     exact = run_with_gradients(exact_inputs, "reference", cu_seqlens)
@@ -142,7 +142,7 @@ def failures(found: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def _gate_gradient_scale(inputs: dict[str, Tensor | None], exact: dict[str, Tensor]) -> float:
+def _gate_gradient_scale(inputs: dict[str, Any], exact: dict[str, Tensor]) -> float:
     """The largest of the terms that a gate's gradient is the difference of (summed over channels for a scalar gate)."""
     terms = [inputs[x] * exact[f"d{x}"] for x in ("q", "k", "erase") if inputs[x] is not None]
     if inputs["g"].dim() == 3:

@@ -54,25 +54,31 @@ def run(
     rows = B if cu_seqlens is None else len(cu_seqlens) - 1
     if state is None:
         state = v.new_zeros(rows, HV, q.shape[-1], V, dtype=dtype)
-    q, k, v_ = (over_value_heads(x.to(dtype), HV) for x in (q, k, v))
-    gates = tuple(x if x is None else per_channel(x.to(dtype), 4) for x in (g, erase, write))
+    initial = state
+    wide_q, wide_k, wide_v = (over_value_heads(x.to(dtype), HV) for x in (q, k, v))
+    g, erase, write = (x if x is None else per_channel(x.to(dtype), 4) for x in (g, erase, write))
 
     def over(start: int, end: int, S: Tensor) -> tuple[list[Tensor], Tensor]:
         outputs = []
         for t in range(start, end):
-            o, S = step(q[:, t], k[:, t], v_[:, t], *(x if x is None else x[:, t] for x in gates), scale, S)
+            gates = (_at(g, t), _at(erase, t), _at(write, t))
+            o, S = step(wide_q[:, t], wide_k[:, t], wide_v[:, t], *gates, scale, S)
             outputs.append(o)
         return outputs, S
 
     if cu_seqlens is None:
-        outputs, final = over(0, T, state)
+        outputs, final = over(0, T, initial)
     else:
         borders = document_borders(cu_seqlens, T)
-        documents = [over(borders[i], borders[i + 1], state[i : i + 1]) for i in range(rows)]
+        documents = [over(borders[i], borders[i + 1], initial[i : i + 1]) for i in range(rows)]
         outputs = [o for document, _ in documents for o in document]
-        final = torch.cat([S for _, S in documents]) if documents else state
-    o = torch.stack(outputs, dim=1) if outputs else v_.new_zeros(B, 0, HV, V)
-    return o.to(v.dtype), final.clone() if final is state else final
+        final = torch.cat([S for _, S in documents]) if documents else initial
+    o = torch.stack(outputs, dim=1) if outputs else wide_v.new_zeros(B, 0, HV, V)
+    return o.to(v.dtype), final.clone() if final is initial else final
+
+
+def _at(gate: Tensor | None, t: int) -> Tensor | None:
+    return None if gate is None else gate[:, t]
 
 
 def step_(
@@ -88,9 +94,9 @@ def step_(
 ) -> Tensor:
     """`linear_attention_step_`: `step` on the given rows of the state, written back."""
     HV, dtype = v.shape[-2], state.dtype
-    q, k, v_ = (over_value_heads(x.to(dtype), HV) for x in (q, k, v))
-    gates = (x if x is None else per_channel(x.to(dtype), 3) for x in (g, erase, write))
-    o, new = step(q, k, v_, *gates, scale, state if slots is None else state[slots])
+    q, k, wide_v = (over_value_heads(x.to(dtype), HV) for x in (q, k, v))
+    g, erase, write = (x if x is None else per_channel(x.to(dtype), 3) for x in (g, erase, write))
+    o, new = step(q, k, wide_v, g, erase, write, scale, state if slots is None else state[slots])
     if slots is None:
         state.copy_(new)
     else:

@@ -1,0 +1,138 @@
+"""The loss over chunks of tokens, so that only a chunk of logits ever exists; the backward computes them again.
+
+Tokens without a target are taken out before the first product, so they cost nothing in either direction.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# What one chunk's logits may take. Below it the matrix product loses speed; above it only memory changes.
+MAX_LOGITS_BYTES = 64 * 2**20
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        matmul_dtype = torch.get_autocast_dtype(device)
+    else:
+        matmul_dtype = torch.promote_types(x.dtype, weight.dtype)
+    losses, _ = _forward(x, weight, targets, bias, matmul_dtype)
+    return losses
+
+
+def _kept(targets: Tensor, vocab: int) -> Tensor | slice:
+    """Index of the tokens that have a target.
+
+    Raises:
+        ValueError: a target outside the vocabulary.
+    """
+    if targets.numel():
+        largest = int(targets.max())
+        if largest >= vocab:
+            raise ValueError(
+                f"the largest target is {largest}, but the vocabulary has {vocab} tokens, 0 to {vocab - 1}"
+            )
+    kept = targets >= 0
+    return slice(None) if bool(kept.all()) else kept.nonzero()[:, 0]
+
+
+def _chunks(num_tokens: int, vocab: int, dtype: torch.dtype) -> Iterator[slice]:
+    size = max(1, MAX_LOGITS_BYTES // (max(vocab, 1) * dtype.itemsize))
+    return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[C, vocab] in `dtype`, fresh memory: the callers overwrite it."""
+    logits = (x @ weight.T).to(dtype)
+    return logits if bias is None else logits.add_(bias)
+
+
+@torch.library.custom_op("glade::linear_cross_entropy", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, matmul_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The losses, in the shape of the targets, and the logsumexp of every token's logits, kept for the backward."""
+    dtype = torch.promote_types(matmul_dtype, torch.float32)
+    flat_targets = targets.reshape(-1)
+    kept = _kept(flat_targets, len(weight))
+    inputs = x.reshape(-1, x.shape[-1])[kept].to(matmul_dtype)
+    target = flat_targets[kept].to(torch.int64)
+    weight = weight.to(matmul_dtype)
+    loss, normaliser = inputs.new_empty(2, len(target), dtype=dtype)
+    for chunk in _chunks(len(target), len(weight), dtype):
+        logits = _logits(inputs[chunk], weight, bias, dtype)
+        of_target = logits.take_along_dim(target[chunk, None], 1)[:, 0]
+        highest = logits.amax(1)
+        normaliser[chunk] = logits.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest)
+        loss[chunk] = normaliser[chunk] - of_target
+    losses, normalisers = torch.zeros(2, *flat_targets.shape, dtype=dtype, device=x.device)
+    losses[kept], normalisers[kept] = loss, normaliser
+    return losses.view(targets.shape).clone(), normalisers.clone()
+
+
+@_forward.register_fake
+def _(x, weight, targets, bias, matmul_dtype):
+    dtype = torch.promote_types(matmul_dtype, torch.float32)
+    losses = x.new_empty(targets.shape, dtype=dtype)
+    return losses, x.new_empty(targets.numel(), dtype=dtype)
+
+
+@torch.library.custom_op("glade::linear_cross_entropy_backward", mutates_args=())
+def _backward(
+    dlosses: Tensor,
+    normalisers: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    matmul_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (meaningless where there was none): d logits = (softmax - onehot) d loss."""
+    dtype = normalisers.dtype
+    flat_targets = targets.reshape(-1)
+    kept = _kept(flat_targets, len(weight))
+    inputs = x.reshape(-1, x.shape[-1])[kept].to(matmul_dtype)
+    target, normaliser = flat_targets[kept].to(torch.int64), normalisers[kept]
+    dloss = dlosses.reshape(-1)[kept].to(dtype)
+    matrix = weight.to(matmul_dtype)
+    dinputs = torch.empty_like(inputs, dtype=x.dtype)
+    dweight = torch.zeros_like(weight, dtype=dtype)
+    dbias = dweight.new_zeros(len(weight))
+    for chunk in _chunks(len(target), len(weight), dtype):
+        dlogits = _logits(inputs[chunk], matrix, bias, dtype).sub_(normaliser[chunk, None]).exp_()
+        rows = torch.arange(len(dlogits), device=x.device)
+        dlogits[rows, target[chunk]] -= 1
+        dlogits *= dloss[chunk, None]
+        if bias is not None:
+            dbias += dlogits.sum(0)
+        dlogits = dlogits.to(matmul_dtype)
+        dinputs[chunk] = (dlogits @ matrix).to(x.dtype)
+        if matmul_dtype == dtype:
+            dweight.addmm_(dlogits.T, inputs[chunk])
+        else:
+            dweight += dlogits.T @ inputs[chunk]
+    dx = torch.zeros(len(flat_targets), x.shape[-1], dtype=x.dtype, device=x.device)
+    dx[kept] = dinputs
+    return dx.view(x.shape), dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
+
+
+@_backward.register_fake
+def _(dlosses, normalisers, x, weight, targets, bias, matmul_dtype):
+    dbias = weight.new_empty(weight.shape[0]) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, targets, bias, ctx.matmul_dtype = inputs
+    ctx.save_for_backward(output[1], x, weight, targets, bias)
+
+
+def _autograd_backward(ctx, dlosses, dnormalisers):
+    normalisers, x, weight, targets, bias = ctx.saved_tensors
+    dx, dweight, dbias = _backward(dlosses, normalisers, x, weight, targets, bias, ctx.matmul_dtype)
+    return dx, dweight, None, None if bias is None else dbias, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
