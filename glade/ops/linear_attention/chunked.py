@@ -152,16 +152,15 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     dk += diagonal * x.q
     de = None if x.e is None else d_rows[1] + _times(intra.prefix, d_read[:, :, :C])
     dg = None
-    if g is not None:
+    if x.a is not None and intra.total is not None:
         per_token = x.q * dq - x.k * dk
         if de is not None:
-            per_token += x.e * de
+            per_token.addcmul_(x.e, de)
         carried = (intra.total * states * dS_after).sum(-1).unsqueeze(2)
-        dg = _gate_gradient(per_token, intra.Kt * dKt, carried, scalar=x.a.shape[-1] == 1)  # type: ignore[union-attr]
+        dg = _gate_gradient(per_token, intra.Kt * dKt, carried, scalar=x.a.shape[-1] == 1)
     dk += _times(intra.suffix, dKt)
-
     if de is not None:
-        dk += x.erase * de
+        dk += _times(x.erase, de)
     gradients = [_over_groups(layout, dq * scale, q), _over_groups(layout, dk, k)]
     gradients.append(layout.to_tokens(_times(x.write, dR), v.dtype))
     d_erase = None if de is None else x.k * de

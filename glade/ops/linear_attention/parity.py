@@ -104,9 +104,10 @@ def run_with_gradients(
 ) -> dict[str, Tensor]:
     """o, the final state, and the gradients ("dq", ...) of a fixed random linear function of both."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if x is not None}
-    given = {name: leaves.get(name) for name in inputs}
-    q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
-    o, state = linear_attention(q, k, v, **given, cu_seqlens=cu_seqlens, backend=backend)
+    optional = {name: leaves.get(name) for name in ("g", "erase", "write", "state")}
+    o, state = linear_attention(
+        leaves["q"], leaves["k"], leaves["v"], **optional, cu_seqlens=cu_seqlens, backend=backend
+    )
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (o, state)]
     # rounded as the backward will see them, so that both backends differentiate the same function
