@@ -126,14 +126,12 @@ class Tokenizer:
     def _middle(self) -> tokenizers.Tokenizer:
         """The same tokenizer for text that does not begin its document: SentencePiece's leading space left out."""
         spec = json.loads(self.model.to_str())
-        normalizer, pre_tokenizer = spec.get("normalizer"), spec.get("pre_tokenizer")
-        for step in [normalizer, *((normalizer or {}).get("normalizers") or [])]:
-            if step and step["type"] == "Prepend":
-                step["prepend"] = ""
-        for step in [pre_tokenizer, *((pre_tokenizer or {}).get("pretokenizers") or [])]:
-            if step and step["type"] == "Metaspace":
+        normalizers = [s for s in _steps(spec["normalizer"], "normalizers") if s["type"] != "Prepend"]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+        for step in _steps(spec["pre_tokenizer"], "pretokenizers"):
+            if step["type"] == "Metaspace":
                 step["prepend_scheme"] = "never"
-            elif step and step["type"] == "ByteLevel":
+            elif step["type"] == "ByteLevel":
                 step["add_prefix_space"] = False
         middle = tokenizers.Tokenizer.from_str(json.dumps(spec))
         middle.encode_special_tokens = True
@@ -262,6 +260,13 @@ class Tokenizer:
             )
         bos = _token_name(config, "bos_token", model, _BOS_NAMES)
         return cls(model, eos=eos, bos=bos, chat_template=_chat_template(config, path.with_name("chat_template.jinja")))
+
+
+def _steps(component: dict | None, key: str) -> list[dict]:
+    """The steps of a normalizer or pre-tokenizer as tokenizer.json has it: none, one, or a sequence."""
+    if component is None:
+        return []
+    return component[key] if component["type"] == "Sequence" else [component]
 
 
 def _token_name(config: dict, key: str, model: tokenizers.Tokenizer, known: Sequence[str]) -> str | None:
