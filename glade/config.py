@@ -154,7 +154,11 @@ def _check_keys(cls: type, tree: Mapping[Any, Any], where: str, prefix: str = ""
     hints = get_type_hints(cls)
     for name, value in tree.items():
         if name not in hints:
-            raise ConfigError(f"unknown key '{prefix}{name}'{where}{_nearest(root, f'{prefix}{name}')}")
+            unknown = f"{prefix}{name}"
+            while isinstance(value, Mapping) and value:
+                name, value = next(iter(value.items()))
+                unknown += f".{name}"
+            raise ConfigError(f"unknown key '{unknown}'{where}{_nearest(root, unknown)}")
         nested = section_class(hints[name])
         if nested is not None and isinstance(value, Mapping):
             _check_keys(nested, value, where, f"{prefix}{name}.", root)

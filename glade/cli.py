@@ -1,0 +1,302 @@
+"""The program `glade`: one verb, one function. Reads arguments, shows help, turns errors into one readable message.
+
+Imports nothing heavy until a verb runs, so that `glade --help` and a mistyped key answer at once. What a verb does is
+in the function that `VERBS` names; what it can be told is in that verb's config.
+"""
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from glade import __version__
+from glade.config import REQUIRED, Key, describe, load, parse_overrides, replace, section_class
+from glade.errors import ConfigError, GladeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One verb of the program; `run` and `config` are written `module:name` and imported when the verb is used."""
+
+    run: str  # the function, called with the config
+    config: str  # its config class
+    help: str  # one line
+    positional: tuple[str, ...] = ()  # keys that arguments without -- set, in order; a list takes all that are left
+    recipe: bool = False  # the argument without -- names a recipe
+    examples: tuple[str, ...] = ()
+
+
+VERBS = {
+    "prepare": Verb(
+        run="glade.data.prepare:run_prepare",
+        config="glade.data.config:PrepareConfig",
+        help="turn text into token files for training",
+        positional=("corpus",),
+        examples=("glade prepare notes.txt --out=data/notes", "glade prepare shakespeare --tokenizer=bpe:4096"),
+    ),
+    "train": Verb(
+        run="glade.train.pretrain:run",
+        config="glade.train.config:TrainRun",
+        help="train a model; with nothing else, a small one on the built-in corpus",
+        recipe=True,
+        examples=(
+            "glade train",
+            "glade train --model.mixer=kla --train.max_minutes=4 --run=runs/kla",
+            "glade train gdn_1_3b --data.corpus=books/ --data.tokenizer=mistral",
+            "glade train runs/kla/config.yaml --seed=2 --run=runs/kla2",
+        ),
+    ),
+    "generate": Verb(
+        run="glade.infer.generate:run",
+        config="glade.infer.config:GenerateConfig",
+        help="continue a prompt",
+        positional=("checkpoint", "prompt"),
+        examples=(
+            'glade generate runs/demo "ROMEO:" --temperature=0.7 --top_p=0.95',
+            "glade generate runs/demo --prompt_file=start.txt --num=3 --seed=1 --stop='[\"\\n\\n\"]'",
+        ),
+    ),
+    "chat": Verb(
+        run="glade.infer.chat:run",
+        config="glade.infer.config:ChatConfig",
+        help="talk to a model in the terminal",
+        positional=("checkpoint",),
+        examples=("glade chat runs/demo --max_new_tokens=100",),
+    ),
+    "score": Verb(
+        run="glade.infer.score:run",
+        config="glade.infer.config:ScoreConfig",
+        help="the log-probability of a text, and the most likely next tokens",
+        positional=("checkpoint", "text"),
+        examples=('glade score runs/demo "To be, or not to be" --top=5', "glade score runs/demo --file=a.txt --json"),
+    ),
+    "compare": Verb(
+        run="glade.train.compare:run",
+        config="glade.train.compare:CompareConfig",
+        help="several runs in one table and one plot",
+        positional=("runs",),
+        examples=("glade compare runs/gdn2 runs/kla runs/softmax",),
+    ),
+    "doctor": Verb(
+        run="glade.doctor:run",
+        config="glade.doctor:DoctorConfig",
+        help="what runs on this machine, and how far each backend is from the reference",
+        examples=("glade doctor",),
+    ),
+}
+
+_OUT_OF_MEMORY = (
+    "out of memory. Lower train.micro_tokens (tokens per forward pass) first, then data.context (tokens a window) or "
+    "model.dim (channels); docs/troubleshooting.md says more"
+)
+
+
+class UsageError(ConfigError):
+    """Arguments that name no verb, or do not fit it; the exit status is 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit status.
+
+    0: done, 1: it failed, 2: the arguments do not fit, 130: interrupted, 141: the reader of the output went away.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        _command(words)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        # what is still buffered has no reader either: without this, Python complains about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        print(f"glade: {explain(error)}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UsageError) else 1
+
+
+def explain(error: BaseException) -> str:
+    """One message for `error`: what went wrong and what to do, no traceback."""
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if (isinstance(error, OSError) and error.errno == 28) or "os error 28" in text:
+        return _disk_full(getattr(error, "filename", None))
+    if isinstance(error, GladeError):
+        return text
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file {error.filename}" if error.filename else text
+    if isinstance(error, OSError):
+        return f"{error.strerror or text}: {error.filename}" if error.filename else error.strerror or text
+    if _is_out_of_memory(error):
+        return f"{_OUT_OF_MEMORY} ({text.strip().splitlines()[0]})" if text.strip() else _OUT_OF_MEMORY
+    if isinstance(error, ValueError):
+        return text
+    return f"{type(error).__name__}: {text}\nThis is a fault of glade; --debug shows where. Please report it."
+
+
+def _disk_full(path: str | bytes | None) -> str:
+    place = Path(os.fsdecode(path) if path else ".").absolute()
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    free_mb = shutil.disk_usage(existing).free / 1e6
+    what = f"{place} could not be written" if path else "a file could not be written"
+    return f"disk full: {what}; {free_mb:.1f} MB are free there. Free some space, or write to another disk"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch says it with its own class on an accelerator, and in the text of a RuntimeError on the CPU."""
+    if isinstance(error, MemoryError) or any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        phrase in said for phrase in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+def _command(words: list[str]) -> None:
+    if not words or (words[0] in ("help", "--help", "-h") and len(words) == 1):
+        print(_overview())
+        return
+    if words == ["--version"]:
+        print(f"glade {__version__}")
+        return
+    if words[0] in ("help", "--help", "-h"):
+        words = [*words[1:], "--help"]
+    name, *rest = words
+    if name not in VERBS:
+        near = get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        raise UsageError(
+            f"unknown verb {name!r}; "
+            + (f"did you mean '{near[0]}'? " if near else "")
+            + "`glade help` lists the verbs"
+        )
+    if "--help" in rest or "-h" in rest:
+        print(_verb_help(name, [word for word in rest if word not in ("--help", "-h")]))
+        return
+    verb = VERBS[name]
+    try:
+        config = read_config(verb, rest)
+    except ConfigError as error:
+        raise UsageError(f"{error}\n`glade {name} --help` lists every key") from error
+    _resolve(verb.run)(config)
+
+
+def read_config(verb: Verb, words: Sequence[str]) -> Any:
+    """The config of `verb` from its arguments: recipe or values without --, a yaml file, `--a.b=c` overrides."""
+    cls = _resolve(verb.config)
+    flags, files, plain = _sort(words)
+    if len(files) > 1:
+        raise ConfigError(f"{len(files)} config files are given ({', '.join(files)}); give one")
+    base = None
+    if verb.recipe and plain:
+        base = _recipe(cls, plain.pop(0))
+    overrides = parse_overrides(flags)
+    for key, value in _positional(cls, verb.positional, plain, flags).items():
+        if key in overrides:
+            raise ConfigError(f"{key} is given twice, as {value!r} and as --{key}; give it once")
+        overrides[key] = value
+    return load(cls, files[0] if files else None, overrides, base=base)
+
+
+def _sort(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The settings, the yaml files and the other arguments among `words`; a lone - is an argument."""
+    flags = [word for word in words if word.startswith("-") and word != "-"]
+    files = [word for word in words if word not in flags and word.endswith((".yaml", ".yml"))]
+    return flags, files, [word for word in words if word not in flags and word not in files]
+
+
+def _positional(cls: type, keys: tuple[str, ...], words: list[str], flags: list[str]) -> dict[str, Any]:
+    """The values of `keys` from the arguments without --."""
+    values: dict[str, Any] = {}
+    left = list(words)
+    for key in keys:
+        if left and get_origin(get_type_hints(cls)[key]) in (tuple, list):
+            values[key], left = left, []
+        elif left:
+            values[key] = left.pop(0)
+    if left:
+        bare = next((flag for flag in flags if "=" not in flag), None)
+        hint = f"; write {bare}={left[0]}, with the =" if bare else "; settings are written --key=value"
+        raise ConfigError(f"unexpected argument {left[0]!r}{hint}")
+    return values
+
+
+def _recipe(cls: type, name: str) -> Any:
+    """The config that the recipe `name` gives: a whole `cls`, or the section of one, such as its model."""
+    recipe = import_module("glade.recipes").get(name)
+    if isinstance(recipe, cls):
+        return recipe
+    hints = get_type_hints(cls)
+    section = next((f.name for f in fields(cls) if section_class(hints[f.name]) is type(recipe)), None)
+    if section is None:
+        raise ConfigError(f"recipe {name!r} is a {type(recipe).__name__}, which a {cls.__name__} has no place for")
+    return replace(cls(), {section: recipe})
+
+
+def _resolve(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(import_module(module), name)
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            f"glade {__version__}: from raw text to a language model whose memory does not grow",
+            "",
+            "usage: glade VERB [recipe or path ...] [--section.key=value ...]",
+            "",
+            *lines,
+            "",
+            "`glade VERB --help` shows what a verb can be told, with defaults. --debug adds tracebacks to errors.",
+            "Start with `glade train`: it needs nothing else.",
+        ]
+    )
+
+
+def _verb_help(name: str, words: list[str]) -> str:
+    verb, cls = VERBS[name], _resolve(VERBS[name].config)
+    arguments = _sort(words)[2]
+    base = _recipe(cls, arguments[0]) if verb.recipe and arguments else None
+    keys = list(describe(cls, base))
+    needed = {key.name for key in keys if key.default is REQUIRED}
+    plain = [word.upper() if word in needed else f"[{word.upper()}]" for word in verb.positional]
+    plain += ["[RECIPE]"] if verb.recipe else []
+    lines = [f"usage: glade {name} {' '.join([*plain, '[FILE.yaml]', '[--key=value ...]'])}", "", verb.help, ""]
+    lines += ["examples:", *(f"  {example}" for example in verb.examples)]
+    # keys without a section first, whatever their place in the config
+    for section in dict.fromkeys(["", *(key.section for key in keys)]):
+        lines += ["", f"{section or 'keys'}:"]
+        lines += [line for key in keys if key.section == section for line in _key_help(key)]
+    lines += ["", "A yaml file holds the same keys, nested. A later one wins: default, recipe, file, --key=value."]
+    lines += ["--key alone means true; none is None; lists are a,b or [a, b]."]
+    return "\n".join(lines)
+
+
+def _key_help(key: Key) -> list[str]:
+    """`--name=default  type`, and the meaning below it."""
+    if key.default is REQUIRED:
+        head = f"  --{key.name}=...  ({key.type}, needed)"
+    else:
+        head = f"  --{key.name}={_shown(key.default)}  ({key.type})"
+    width = min(shutil.get_terminal_size().columns, 110) - 6
+    return [head, *textwrap.wrap(key.help, max(width, 30), initial_indent=" " * 6, subsequent_indent=" " * 6)]
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be typed."""
+    if default is None or isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, (list, tuple)):
+        return ",".join(map(_shown, default)) or "[]"
+    return str(default)
