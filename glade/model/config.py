@@ -141,10 +141,8 @@ class ModelConfig:
     allow_neg_eigval: Bools = setting(None, "doubles the erase gate: eigenvalues in [-1, 1]; none: no")
     kaczmarz: Bools = setting(None, "Kaczmarz step eta / |k|^2 on the delta rule; none: yes for kla only")
     kaczmarz_eps: Floats = setting(None, "keeps |k|^2 from 0; none: 1e-6")
-    kaczmarz_eps_mode: EpsMode | dict[str, EpsMode] | None = setting(
-        None, "max(|k|^2, eps) or |k|^2 + eps; none: floor for gdn2 and kla, else add"
-    )
-    kaczmarz_clip: Bools = setting(None, "clips the scaled gates to [0, 1]; none: yes for gdn2 and kla, else no")
+    kaczmarz_eps_mode: EpsMode | dict[str, EpsMode] | None = setting(None, "max(|k|^2, eps) or |k|^2 + eps; none: add")
+    kaczmarz_clip: Bools = setting(None, "clips the scaled gates to [0, 1]; none: no")
 
     # rnn
     rnn_activation: RnnActivation | dict[str, RnnActivation] | None = setting(

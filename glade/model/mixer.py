@@ -1,0 +1,91 @@
+"""What a mixer must answer; the model knows its mixers by this and nothing else.
+
+A mixer moves information between tokens. Its state is a NamedTuple of tensors whose first axis is the row (a
+sequence, or a document of a packed batch), passed in and returned, never kept on the module.
+
+Ownership: `forward` never writes into the state it is given, so a state may be kept, forked and differentiated
+through. `step_`, the decode step, owns the state it is given and updates its tensors in place.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MixerState = Any  # a NamedTuple of tensors, one class per kind of mixer
+
+
+class Mixer(nn.Module, ABC):
+    """y_t = f(x_0 .. x_t), within a document."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, MixerState]:
+        """Whole sequences.
+
+        Args:
+            x:          [B, T, D]
+            state:      what a former call returned, one row per sequence; None is the start
+            cu_seqlens: [N + 1] borders of packed documents (B == 1, and the state has N rows)
+        Returns:
+            y [B, T, D] in x's dtype, and the state after the last token of each row.
+        """
+
+    @abstractmethod
+    def step_(self, x: Tensor, state: MixerState, slots: Tensor | None = None) -> tuple[Tensor, MixerState]:
+        """One token a row, without gradients: x [B, D], its rows of `state` (`slots` [B] int64, or all in order)
+        updated in place. Returns y [B, D] and the state to go on with: the same tensors, unless one had to grow.
+        """
+
+    @abstractmethod
+    def init_state(self, batch: int) -> MixerState:
+        """The state before the first token, of `batch` rows, on this mixer's device."""
+
+    @abstractmethod
+    def flops_per_token(self, T: int) -> float:
+        """Forward FLOPs for one token, averaged over a sequence of T tokens: 2 per multiply-add of the matrix
+        products and of the recurrence in its token-by-token form; elementwise work is left out.
+        """
+
+    def state_bytes(self, T: int) -> int:
+        """Bytes of state one sequence holds after T tokens."""
+        return tensor_bytes(self.init_state(1))
+
+
+class KeepsFloat32:
+    """Mixin for modules with parameters that stay fp32 when the model is cast to bf16 or fp16.
+
+    They are exponents and time constants: rounded to 8 bits, a decay of 0.999 per token becomes another memory.
+    """
+
+    float32_parameters: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        kept = [(name, p.data) for name in self.float32_parameters if (p := getattr(self, name)) is not None]
+        module = super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, before in kept:
+            parameter = getattr(self, name)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                gradient, parameter.grad = parameter.grad, None
+                parameter.data = before.to(device=parameter.device, dtype=torch.float32)
+                parameter.grad = None if gradient is None else gradient.float()
+        return module
+
+
+def projection(dim: int, out: int, *, rank: int = 0, bias: bool = False, inner_bias: bool = False) -> nn.Module:
+    """A linear map dim -> out, of full rank (0), or as the two factors `.0` and `.1`; `bias` is on the last."""
+    if rank == 0:
+        return nn.Linear(dim, out, bias=bias)
+    return nn.Sequential(nn.Linear(dim, rank, bias=inner_bias), nn.Linear(rank, out, bias=bias))
+
+
+def matmul_flops(module: nn.Module) -> int:
+    """2 per weight of every linear map inside `module`: what one token costs in them."""
+    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def tensor_bytes(tensors: tuple[Tensor, ...]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,188 @@
+"""The common body of the linear mixers: everything around the recurrence of `glade.ops.linear_attention`.
+
+    q, k = l2norm(feature_map(act(conv(x W)))),  v = act(conv(x W_v))       each with its own short convolution
+    g, erase, write = gates(x, k)                                           what a mixer is (gates.py, delta.py)
+    o, state = linear_attention(q, k, v, g, erase, write)
+    y = (norm(o) * act(x W_g)) W_o                                          norm per head, before the gate
+
+Which of these steps a mixer has is in `LinearOptions`. The class `Linear` is the body alone.
+Sources: arXiv:2006.16236 (linear attention), 2412.06464 section 3.3 (this block).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glade.model.mixer import Mixer, matmul_flops, projection
+from glade.model.norm import l2norm, make_norm
+from glade.model.published import Activation, FeatureMap, LinearOptions
+from glade.ops import linear_attention, linear_attention_step_
+from glade.ops.packing import check_cu_seqlens
+from glade.ops.short_conv import short_conv, short_conv_step_
+
+
+class LinearState(NamedTuple):
+    """What a linear mixer remembers: constant in the number of tokens."""
+
+    recurrent: Tensor  # [B, HV, K, V] fp32
+    conv_q: Tensor  # [B, H * K, W - 1], the last inputs of the convolution on q; W - 1 is 0 without one
+    conv_k: Tensor  # [B, H * K, W - 1]
+    conv_v: Tensor  # [B, HV * V, W - 1]
+
+
+class Gates(NamedTuple):
+    """The gates of `linear_attention`; None where the mixer has none."""
+
+    g: Tensor | None = None  # [..., HV] or [..., HV, K], natural log
+    erase: Tensor | None = None  # [..., HV] or [..., HV, K]
+    write: Tensor | None = None  # [..., HV] or [..., HV, V]
+
+
+class Linear(Mixer):
+    """Linear attention with a feature map, S_t = S_{t-1} + k_t v_t^T, and the base of every linear mixer."""
+
+    def __init__(self, dim: int, options: LinearOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.key_dim = options.num_heads * options.head_dim
+        self.value_dim = options.num_v_heads * options.head_dim_v
+        self.q_proj = nn.Linear(dim, self.key_dim, bias=False)
+        self.k_proj = nn.Linear(dim, self.key_dim, bias=False)
+        self.v_proj = nn.Linear(dim, self.value_dim, bias=False)
+        keys = (options.num_heads, options.feature_map, options.qk_l2norm)
+        self.q_conv = ShortConvolution(self.key_dim, options.conv_size, options.activation, *keys)
+        self.k_conv = ShortConvolution(self.key_dim, options.conv_size, options.activation, *keys)
+        self.v_conv = ShortConvolution(self.value_dim, options.conv_size, options.activation, options.num_v_heads)
+        self.output_norm = make_norm(options.output_norm, options.head_dim_v, options.output_norm_eps)
+        self.output_gate_proj = None
+        if options.output_gate != "absent":
+            self.output_gate_proj = projection(
+                dim, self.value_dim, rank=options.output_gate_rank, bias=options.output_gate_bias
+            )
+        self.o_proj = nn.Linear(self.value_dim, dim, bias=False)
+
+    def gates(self, x: Tensor, k: Tensor) -> Gates:
+        """What is particular to a mixer. x [..., D] and k [..., H, K] lead with [B, T], or with [B] when decoding."""
+        return Gates()
+
+    def forward(
+        self, x: Tensor, state: LinearState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, LinearState]:
+        recurrent, conv_q, conv_k, conv_v = state if state is not None else (None,) * 4
+        q, conv_q = self.q_conv(self.q_proj(x), conv_q, cu_seqlens)
+        k, conv_k = self.k_conv(self.k_proj(x), conv_k, cu_seqlens)
+        v, conv_v = self.v_conv(self.v_proj(x), conv_v, cu_seqlens)
+        g, erase, write = self.gates(x, k)
+        o, recurrent = linear_attention(
+            q, k, v, g=g, erase=erase, write=write, scale=self.options.scale, state=recurrent, cu_seqlens=cu_seqlens
+        )
+        return self._output(o, x), LinearState(recurrent, conv_q, conv_k, conv_v)
+
+    def step_(self, x: Tensor, state: LinearState, slots: Tensor | None = None) -> tuple[Tensor, LinearState]:
+        q = self.q_conv.step_(self.q_proj(x), state.conv_q, slots)
+        k = self.k_conv.step_(self.k_proj(x), state.conv_k, slots)
+        v = self.v_conv.step_(self.v_proj(x), state.conv_v, slots)
+        g, erase, write = self.gates(x, k)
+        o = linear_attention_step_(
+            q, k, v, g=g, erase=erase, write=write, scale=self.options.scale, state=state.recurrent, slots=slots
+        )
+        return self._output(o, x), state
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        """o [..., HV, V] -> y [..., D]."""
+        y = self.output_norm(o).flatten(-2)
+        if self.output_gate_proj is not None:
+            gate = self.output_gate_proj(x)
+            y = y * (F.silu(gate) if self.options.output_gate == "silu" else torch.sigmoid(gate))
+        return self.o_proj(y)
+
+    def init_state(self, batch: int) -> LinearState:
+        weight = self.o_proj.weight
+        recurrent_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        o = self.options
+        return LinearState(
+            weight.new_zeros(batch, o.num_v_heads, o.head_dim, o.head_dim_v, dtype=recurrent_dtype),
+            *(weight.new_zeros(batch, c.channels, c.num_past) for c in (self.q_conv, self.k_conv, self.v_conv)),
+        )
+
+    def flops_per_token(self, T: int) -> float:
+        # per value head and token: write k v^T, read S^T q, and with an erase gate read S^T k, each K * V multiply-adds
+        o = self.options
+        passes = 3 if self._erases else 2
+        convolutions = 2 * o.conv_size * (2 * self.key_dim + self.value_dim)
+        return matmul_flops(self) + convolutions + 2 * passes * o.num_v_heads * o.head_dim * o.head_dim_v
+
+    _erases = False
+
+    def _over_value_heads(self, x: Tensor) -> Tensor:
+        """[..., H, C] -> [..., HV, C]: value head j gets key head j // (HV // H)."""
+        group = self.options.num_v_heads // self.options.num_heads
+        return x if group == 1 else x.repeat_interleave(group, dim=-2)
+
+
+class ShortConvolution(nn.Module):
+    """What stands between a projection and the heads: convolution, activation, feature map, unit norm per head.
+
+    y [..., heads, channels / heads]. With size 0 there is no convolution and no past, only the rest.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        activation: Activation,
+        heads: int,
+        feature_map: FeatureMap = "identity",
+        unit: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.num_past = max(size - 1, 0)
+        self.heads = heads
+        self.activation = "silu" if activation == "silu" else None
+        self.feature_map = feature_map
+        self.weight = nn.Parameter(torch.empty(channels, size)) if size else None
+        # the op takes the norm along in its pass over memory, unless a feature map must come before it
+        self.fused_heads = heads if unit and size and feature_map == "identity" else None
+        self.unit = unit and self.fused_heads is None
+
+    def forward(self, x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, channels], past [B, channels, size - 1] -> y [B, T, heads, -1] and the new past."""
+        if self.weight is None:
+            rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, x.shape[0])
+            y, past = self._activate(x), x.new_empty(rows, self.channels, 0)
+        else:
+            y, past = short_conv(
+                x,
+                self.weight,
+                activation=self.activation,
+                l2norm_heads=self.fused_heads,
+                state=past,
+                cu_seqlens=cu_seqlens,
+            )
+        return self._finish(y), past
+
+    def step_(self, x: Tensor, past: Tensor, slots: Tensor | None) -> Tensor:
+        """x [B, channels] -> y [B, heads, -1]; the rows of `past` are moved on in place."""
+        if self.weight is None:
+            return self._finish(self._activate(x))
+        y = short_conv_step_(
+            x, self.weight, activation=self.activation, l2norm_heads=self.fused_heads, state=past, slots=slots
+        )
+        return self._finish(y)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return F.silu(x) if self.activation else x
+
+    def _finish(self, y: Tensor) -> Tensor:
+        y = y.unflatten(-1, (self.heads, -1))
+        if self.feature_map == "elu1":
+            y = F.elu(y) + 1
+        elif self.feature_map == "relu":
+            y = F.relu(y)
+        return l2norm(y) if self.unit else y
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, size={self.num_past + 1 if self.weight is not None else 0}"

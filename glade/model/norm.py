@@ -1,0 +1,80 @@
+"""The norms: of the residual stream, of a head's output, of q and k. Always computed in fp32 (fp64 for fp64 inputs)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glade.ops.short_conv import L2_NORM_EPS
+
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in the precision of gates, norms and states: fp32, or fp64 for fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, x [..., dim]. Source: arXiv:1910.07467."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = upcast(x)
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class RMSNormEpsOutside(RMSNorm):
+    """weight * x / (sqrt(mean(x^2)) + eps): eps outside the root, as some published checkpoints have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = upcast(x)
+        rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
+        return (self.weight.to(wide.dtype) * wide / (rms + self.eps)).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """weight * (x - mean) / sqrt(var + eps) + bias over the last axis; with affine=False neither weight nor bias.
+
+    Source: arXiv:1607.06450.
+    """
+
+    def __init__(self, dim: int, eps: float, affine: bool = True) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = upcast(x)
+        weight = None if self.weight is None else self.weight.to(wide.dtype)
+        bias = None if self.bias is None else self.bias.to(wide.dtype)
+        return F.layer_norm(wide, (self.dim,), weight, bias, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
+
+_NORMS = {
+    "rmsnorm": RMSNorm,
+    "rmsnorm_eps_outside": RMSNormEpsOutside,
+    "layernorm": LayerNorm,
+    "layernorm_plain": lambda dim, eps: LayerNorm(dim, eps, affine=False),
+    "absent": lambda dim, eps: nn.Identity(),
+}
+
+
+def make_norm(name: str, dim: int, eps: float) -> nn.Module:
+    """The norm that `ModelConfig.norm` or `output_norm` calls `name`."""
+    return _NORMS[name](dim, eps)
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """x / sqrt(sum(x^2) + 1e-6) over the last axis, as `glade.ops.short_conv` does it for `l2norm_heads`."""
+    wide = upcast(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_NORM_EPS)).to(x.dtype)
