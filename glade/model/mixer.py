@@ -20,6 +20,8 @@ MixerState = Any  # a NamedTuple of tensors, one class per kind of mixer
 class Mixer(nn.Module, ABC):
     """y_t = f(x_0 .. x_t), within a document."""
 
+    o_proj: nn.Linear  # the map that writes into the residual stream
+
     @abstractmethod
     def forward(
         self, x: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None

@@ -9,7 +9,7 @@ Which of these steps a mixer has is in `LinearOptions`. The class `Linear` is th
 Sources: arXiv:2006.16236 (linear attention), 2412.06464 section 3.3 (this block).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,7 @@ class ShortConvolution(nn.Module):
         self.channels = channels
         self.num_past = max(size - 1, 0)
         self.heads = heads
-        self.activation = "silu" if activation == "silu" else None
+        self.activation: Literal["silu"] | None = "silu" if activation == "silu" else None
         self.feature_map = feature_map
         self.weight = nn.Parameter(torch.empty(channels, size)) if size else None
         # the op takes the norm along in its pass over memory, unless a feature map must come before it

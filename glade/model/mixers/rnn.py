@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glade.model.mixer import Mixer, matmul_flops
-from glade.model.published import RnnOptions
+from glade.model.published import RnnActivation, RnnOptions
 from glade.ops import rnn
 
 
@@ -24,7 +24,7 @@ class Rnn(Mixer):
 
     def __init__(self, dim: int, options: RnnOptions) -> None:
         super().__init__()
-        self.activation = options.rnn_activation
+        self.activation: RnnActivation = options.rnn_activation
         self.x_proj = nn.Linear(dim, options.rnn_dim, bias=True)
         self.w_hh = nn.Parameter(torch.empty(options.rnn_dim, options.rnn_dim))
         self.o_proj = nn.Linear(options.rnn_dim, dim, bias=True)
