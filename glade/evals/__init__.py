@@ -1,0 +1,1 @@
+"""Measuring a trained model: what it is told, how, and with which denominators."""

@@ -1,0 +1,209 @@
+"""A run on disk: its folder, its checkpoints, and going on from one as if it had never stopped.
+
+    runs/NAME/  config.yaml  metrics.jsonl  samples.txt  curves.png  results.json
+                checkpoints/step-00000500/   a checkpoint folder, and in it trainer/: optimiser, progress, random state
+                checkpoints/best, last       relative links to two of them
+
+What a run has done is `Progress`. With the optimiser's moments and the random state it is all that training changes
+beside the weights, since the order of the samples is a function of the seed and the step.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from glade import config as settings
+from glade.errors import CheckpointError, ConfigError
+from glade.model.atomic import replace_link_atomically, write_file_atomically, write_folder_atomically
+from glade.model.checkpoint import write_checkpoint_files
+from glade.train.config import TrainRun
+
+RUNS = Path("runs")
+
+
+@dataclass
+class Progress:
+    """How far a run is. `best_loss` is the lowest held-out loss so far, in nats a token."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float = float("inf")
+    best_step: int = 0
+
+
+def resumed_config(overrides: Mapping[str, Any]) -> TrainRun | None:
+    """The saved config that `--resume` starts from, to which this command's settings are then applied.
+
+    None unless `resume` is among the overrides. Raises CheckpointError where there is nothing to resume.
+    """
+    if "resume" not in overrides or str(overrides["resume"]).lower() == "false":
+        return None
+    named = overrides.get("run")
+    folder = Path(str(named)) if named is not None else _newest_run()
+    if not (folder / "checkpoints" / "last").is_dir():
+        raise CheckpointError(f"{folder} has no checkpoints/last to resume from; start it without --resume")
+    saved = settings.load(TrainRun, folder / "config.yaml")
+    return settings.replace(saved, {"run": str(folder)})
+
+
+def open_run(config: TrainRun) -> Path:
+    """The run's folder: a new one, or with `resume` the existing one. Nothing is written yet.
+
+    Raises:
+        ConfigError: the folder holds a run already and resume is off, or resume changes what the weights mean.
+        CheckpointError: there is nothing to resume.
+    """
+    folder = next_run(config.model.mixer) if config.run is None else Path(config.run)
+    has_run = (folder / "checkpoints" / "last").is_dir()
+    if not config.resume:
+        if has_run or (folder.is_dir() and any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists; continue it with --resume, name another --run, or remove it")
+        return folder
+    if not has_run:
+        raise CheckpointError(f"{folder} has no checkpoints/last to resume from; start it without --resume")
+    saved = settings.load(TrainRun, folder / "config.yaml")
+    for section, name in (("model", ""), ("data", "tokenizer"), ("", "seed")):
+        old, new = (_part(c, section, name) for c in (saved, config))
+        if old != new:
+            key = ".".join(part for part in (section, name) if part)
+            changed = _changed(old, new) if not name else f"{old} to {new}"
+            raise ConfigError(f"{folder} was trained with another {key} ({changed}); resume keeps it, so leave it out")
+    return folder
+
+
+def _part(config: TrainRun, section: str, name: str) -> Any:
+    part = getattr(config, section) if section else config
+    return getattr(part, name) if name else settings.to_dict(part)
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {old[key]} to {new[key]}" for key in new if old.get(key) != new[key])
+
+
+def next_run(mixer: str) -> Path:
+    """The first of runs/MIXER-001, -002, ... that does not exist."""
+    number = 1
+    while (RUNS / f"{mixer}-{number:03d}").exists():
+        number += 1
+    return RUNS / f"{mixer}-{number:03d}"
+
+
+def _newest_run() -> Path:
+    links = [path for path in RUNS.glob("*/checkpoints/last") if path.is_dir()]
+    if not links:
+        raise CheckpointError("there is no run to resume in runs/; name one with --run=FOLDER")
+    return max(links, key=lambda path: path.lstat().st_mtime).parent.parent
+
+
+class Checkpoints:
+    """The checkpoints of a run: saving, which to keep, and reading one back."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.folder = run / "checkpoints"
+        self.keep = keep
+
+    def save(
+        self,
+        model: Any,
+        tokenizer: Any,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        metadata: Mapping[str, Any],
+        *,
+        best: bool,
+    ) -> Path:
+        """Write checkpoints/step-N whole, point `last` (and `best`) at it, then drop what is no longer kept."""
+        path = self.folder / f"step-{progress.step:08d}"
+
+        def write(folder: Path) -> None:
+            write_checkpoint_files(model, folder, tokenizer, metadata)
+            (folder / "trainer").mkdir()
+            save_file(_optimizer_tensors(model, optimizer), folder / "trainer" / "optimizer.safetensors")
+            save_file(_random_state(), folder / "trainer" / "random.safetensors")
+            (folder / "trainer" / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+
+        write_folder_atomically(path, write)
+        replace_link_atomically(self.folder / "last", path.name)
+        if best:
+            replace_link_atomically(self.folder / "best", path.name)
+        self._drop_old()
+        return path
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Set the optimiser and the random state to those of `last`; the model is loaded by its own reader.
+
+        Raises:
+            CheckpointError: a trainer file is missing, damaged, or of another model.
+        """
+        folder = self.folder / "last" / "trainer"
+        try:
+            tensors = load_file(folder / "optimizer.safetensors")
+            random = load_file(folder / "random.safetensors")
+            progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder} cannot be resumed from: {error}") from error
+        _restore_optimizer(model, optimizer, tensors, folder)
+        _restore_random_state(random)
+        return progress
+
+    def _drop_old(self) -> None:
+        linked = {os.readlink(self.folder / name) for name in ("best", "last") if (self.folder / name).is_symlink()}
+        steps = sorted(path for path in self.folder.iterdir() if re.fullmatch(r"step-\d+", path.name))
+        others = [path for path in steps if path.name not in linked]
+        for path in others[: max(0, len(others) - self.keep)]:
+            shutil.rmtree(path)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors by `NAME/KEY`, with the parameter's name: no order of groups is relied on."""
+    names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{names[p]}/{key}": value.detach().cpu().contiguous()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], folder: Path
+) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        if parameter not in parameters or (value.dim() and value.shape != parameters[parameter].shape):
+            raise CheckpointError(f"{folder} holds {name} {list(value.shape)}, which this model has no place for")
+        device = parameters[parameter].device
+        optimizer.state[parameters[parameter]][key] = value.to(device)
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def write_config(run: Path, config: TrainRun) -> None:
+    """config.yaml: every setting of the run, replaced whole."""
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = run / ".config.yaml.new"
+    settings.save(config, temporary)
+    write_file_atomically(run / "config.yaml", temporary.read_bytes())
+    temporary.unlink()
