@@ -92,8 +92,8 @@ VERBS = {
 }
 
 _OUT_OF_MEMORY = (
-    "out of memory. Lower train.micro_tokens (tokens per forward pass) first, then data.context (tokens a window) or "
-    "model.dim (channels); docs/troubleshooting.md says more"
+    "out of memory. In training, raise train.accumulate (a step in more, smaller passes) first; then lower "
+    "train.batch_tokens, data.context (tokens a window) or model.dim; docs/troubleshooting.md says more"
 )
 
 

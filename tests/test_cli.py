@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -175,9 +176,9 @@ OUT_OF_MEMORY_ON_CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator:
         (PermissionError(errno.EACCES, "Permission denied", "a.txt"), ["Permission denied: a.txt"]),
         (OSError(errno.ENOSPC, "No space left on device", "/tmp/no/such/x"), ["disk full", "/tmp/no/such/x", "MB"]),
         (RuntimeError("Error: I/O error: No space left on device (os error 28)"), ["disk full", "MB are free"]),
-        (MemoryError(), ["train.micro_tokens", "model.dim", "data.context", "docs/troubleshooting.md"]),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ["train.micro_tokens", "2 GiB"]),
-        (RuntimeError(OUT_OF_MEMORY_ON_CPU), ["train.micro_tokens", "DefaultCPUAllocator"]),
+        (MemoryError(), ["train.accumulate", "model.dim", "data.context", "docs/troubleshooting.md"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ["train.batch_tokens", "2 GiB"]),
+        (RuntimeError(OUT_OF_MEMORY_ON_CPU), ["train.batch_tokens", "DefaultCPUAllocator"]),
         (ValueError("v has 6 heads, not a multiple of q's 4"), ["v has 6 heads, not a multiple of q's 4"]),
         (KeyboardInterrupt(), ["interrupted"]),
         (TypeError("unsupported operand"), ["TypeError: unsupported operand", "--debug"]),
@@ -211,3 +212,9 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_keys_that_the_out_of_memory_message_names_exist() -> None:
+    keys = {key.name for key in describe(cli._resolve(VERBS["train"].config))}
+    named = set(re.findall(r"\b(?:train|data|model)\.\w+", explain(MemoryError())))
+    assert len(named) >= 4 and named <= keys

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "train": _BELOW_INTEROP | {"interop", "infer", "evals"},
     "recipes": _BELOW_INTEROP | {"train"},
     "serve": _BELOW_INTEROP | {"interop", "infer", "evals", "train"},
-    "doctor": _BELOW_INTEROP,
+    "doctor": _BELOW_INTEROP | {"interop", "infer"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # the package's front door names everything, lazily

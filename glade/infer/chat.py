@@ -8,7 +8,7 @@ from glade.data.tokenizer import Tokenizer
 from glade.errors import ConfigError, DataError
 from glade.infer.config import ChatConfig, SamplingParams
 from glade.infer.decoding import Decoding
-from glade.infer.generate import decode_text
+from glade.infer.generate import decode_text, tokenizer_of
 from glade.interop.load import load
 from glade.model.lm import LanguageModel
 from glade.model.state import State
@@ -86,7 +86,7 @@ class Chat:
 def run(config: ChatConfig) -> None:
     """The verb `glade chat`: a loop over the lines typed, until /quit or the end of input."""
     model = load(config.checkpoint, device=config.device, dtype=config.dtype)
-    chat = Chat(model, model.tokenizer, config, config.system)
+    chat = Chat(model, tokenizer_of(model), config, config.system)
     print(_HELP, file=sys.stderr)
     while True:
         try:

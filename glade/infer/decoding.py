@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Decoding:
     Args:
         prompts: token ids of each row, at least one each
         state:   what the rows have read before (`prompts` then continue it); it is left as it is
+        vocab_size: the tokenizer's; ids from there on are never drawn. Default: all of the model's
     Raises:
         DataError: an empty prompt, or an id that the model does not have.
         ConfigError: more tokens than a model with learned positions has positions for.
@@ -55,8 +56,8 @@ class Decoding:
         self.params = params
         self.rows = list(range(len(prompts)))
         self.unread: dict[int, int] = {}
-        # ids that pad the embedding to a round number of rows have no text, so they are not drawn
-        self.vocab_size = vocab_size or model.config.vocab_size
+        # a model may have more ids than its tokenizer; those have no text, so they are not drawn
+        self.vocab_size = vocab_size or cast(int, model.config.vocab_size)
         self.device = next(model.parameters()).device
         self._check(prompts, state)
         first = secrets.randbits(62) if params.seed is None else params.seed

@@ -141,9 +141,7 @@ def generate(
         DataError: no tokenizer, or text that it cannot encode.
         ConfigError: a sampling value out of its range, or more tokens than a model with learned positions has.
     """
-    tokenizer = tokenizer or getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise DataError("this model carries no tokenizer; pass tokenizer=..., or get the model from glade.load")
+    tokenizer = tokenizer or tokenizer_of(model)
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -158,6 +156,14 @@ def generate(
     for event in stream(model, tokenizer, prompt, params):
         texts[event.row] += event.text
     return texts[0] if isinstance(prompt, str) else texts
+
+
+def tokenizer_of(model: LanguageModel) -> Tokenizer:
+    """The tokenizer that `glade.load` attached to `model`; a DataError for a model without one."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if not isinstance(tokenizer, Tokenizer):
+        raise DataError("this model carries no tokenizer; pass tokenizer=..., or get the model from glade.load")
+    return tokenizer
 
 
 def generate_ids(
@@ -189,7 +195,7 @@ def run(config: GenerateConfig) -> None:
     prompt = read_input(config.prompt, config.prompt_file).removesuffix("\n")
     model = load(config.checkpoint, device=config.device, dtype=config.dtype)
     printer = _Printer(config, prompt)
-    for event in stream(model, model.tokenizer, [prompt] * config.num, config):
+    for event in stream(model, tokenizer_of(model), [prompt] * config.num, config):
         printer.push(event)
 
 

@@ -55,7 +55,8 @@ def sample(
         return greedy
     if noise is None:
         raise ValueError("temperature is not 0, and noise is None; pass gumbel_noise(seeds, positions, vocab)")
-    scores = scores / torch.where(heat == 0, 1.0, heat)
+    # from the maximum down, so that no temperature makes the best token infinite
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / torch.where(heat == 0, 1.0, heat)
     scores = restrict(scores, top_k=top_k, top_p=top_p, min_p=min_p)
     return torch.where(cold, greedy, (scores + noise).argmax(dim=-1))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from glade.data.tokenizer import Tokenizer
 from glade.errors import ConfigError, DataError
 from glade.infer.config import ScoreConfig
-from glade.infer.generate import read_input
+from glade.infer.generate import read_input, tokenizer_of
 from glade.interop.load import load
 from glade.model.lm import LanguageModel
 
@@ -99,7 +99,7 @@ def run(config: ScoreConfig) -> None:
     """The verb `glade score`: print the score of a text as tables, or as one JSON object with --json."""
     text = read_input(config.text or "", config.file)
     model = load(config.checkpoint, device=config.device, dtype=config.dtype)
-    result = score(model, model.tokenizer, text, top=config.top)
+    result = score(model, tokenizer_of(model), text, top=config.top)
     if config.json:
         print(json.dumps(_as_json(result), ensure_ascii=False))
     else:

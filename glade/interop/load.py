@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from glade.data.tokenizer import Tokenizer
 from glade.errors import CheckpointError, ConfigError
+from glade.model.atomic import whole_folder
 from glade.model.lm import LanguageModel
 
 _UNDERSTOOD = (
@@ -42,18 +44,20 @@ def load(
     """
     folder = find_checkpoint(src, checkpoint, revision)
     model = LanguageModel.from_pretrained(folder, device=find_device(device), dtype=find_dtype(dtype))
-    model.tokenizer = Tokenizer.load(folder)
-    if model.tokenizer.vocab_size > model.config.vocab_size:
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > cast(int, model.config.vocab_size):
         raise CheckpointError(
-            f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens, the model only "
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
             f"{model.config.vocab_size}; they are not of one training run"
         )
-    return model.eval()
+    # a property of what was loaded, not of the architecture, so the class does not declare it
+    cast(Any, model).tokenizer = tokenizer
+    return model
 
 
 def find_checkpoint(src: str | Path, checkpoint: str | None = None, revision: str | None = None) -> Path:
     """The checkpoint folder that `src` stands for, downloaded if it is a hub name; arguments as for `load`."""
-    path = Path(src).expanduser()
+    path = whole_folder(Path(src).expanduser())
     if path.exists() and revision is not None:
         raise ConfigError(f"revision {revision!r} is for a hub name; {src} is on this disk")
     if path.is_file():
@@ -69,8 +73,10 @@ def find_checkpoint(src: str | Path, checkpoint: str | None = None, revision: st
 
 def _in_run(run: Path, checkpoint: str | None) -> Path:
     for name in ("best", "last") if checkpoint is None else (checkpoint,):
-        if (run / "checkpoints" / name).is_dir():
-            return _checked(run / "checkpoints" / name)
+        # best and last are links that a running trainer moves: followed once, so that all files are of one step
+        folder = whole_folder((run / "checkpoints" / name).resolve())
+        if folder.is_dir():
+            return _checked(folder)
     found = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
     wanted = "best or last" if checkpoint is None else checkpoint
     raise CheckpointError(f"{run / 'checkpoints'} has no {wanted}; it has {', '.join(found) or 'none yet'}")
