@@ -82,7 +82,7 @@ def test_the_other_published_counts() -> None:
     assert build(models.nyu_gla(positions=256)).num_parameters() == 158_902_368
     assert round(build(models.chargpt()).num_parameters() / 1e6, 2) == 2.70
     # the published 302 M is of the pure stack; Qwen3-Next is named 80B-A3B
-    assert round(build(models.blueberry_hybrid(())).num_parameters() / 1e6) == 302
+    assert build(models.blueberry_hybrid(())).num_parameters() // 10**6 == 302
     large = build(models.qwen3_next_80b())
     assert round(large.num_parameters() / 1e9) == 80
     assert 3e9 < large.flops_per_token(1) / 2 < 4e9

@@ -15,8 +15,11 @@ from glade.model.mixer import Mixer, matmul_flops, tensor_bytes
 from glade.model.norm import RMSNorm
 from glade.model.published import AttentionOptions
 from glade.ops import AttentionState, attention, rope
-from glade.ops.attention import attention_step_, empty_state
+from glade.ops.attention import attention_step_, empty_state, reserve
 from glade.ops.packing import document_ids, document_positions
+
+# Tokens that a growing state has room for at first; it doubles from there.
+MIN_CAPACITY = 64
 
 
 class Attention(Mixer):
@@ -51,10 +54,30 @@ class Attention(Mixer):
         if self.options.rope:
             positions = (state.length if slots is None else state.length[slots])[:, None]
             q, k = self._rotate(q, positions), self._rotate(k, positions)
-        o, state = attention_step_(
-            q, k, v, state=state, slots=slots, window=self.options.window, scale=self.options.scale
-        )
-        return self._output(o, x[:, None])[:, 0], state
+        state = self._with_room(state)
+        o = self._attend_(q[:, 0], k[:, 0], v[:, 0], state, slots)
+        return self._output(o, x), state
+
+    def _with_room(self, state: AttentionState) -> AttentionState:
+        """`state` with a free place in every row: the same tensors, or twice as much room when one is full."""
+        capacity = state.k.shape[1]
+        if self.options.window is not None or not len(state.length) or int(state.length.max()) < capacity:
+            return state
+        return reserve(state, max(2 * capacity, MIN_CAPACITY))
+
+    def _attend_(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Tensor | None) -> Tensor:
+        window, scale = self.options.window, self.options.scale
+        if slots is None:
+            return attention_step_(q, k, v, state=state, window=window, scale=scale)
+        # the rows are gathered to be read, and of what changed only the new token's place goes back
+        place = state.length[slots] % state.k.shape[1]
+        rows = AttentionState(*(part[slots] for part in state))
+        o = attention_step_(q, k, v, state=rows, window=window, scale=scale)
+        row = torch.arange(len(slots), device=slots.device)
+        state.k[slots, place] = rows.k[row, place]
+        state.v[slots, place] = rows.v[row, place]
+        state.length[slots] = rows.length
+        return o
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         o = self.options
@@ -89,6 +112,7 @@ class Attention(Mixer):
         return matmul_flops(self) + 2 * seen * o.num_heads * (o.head_dim + o.head_dim_v)
 
     def state_bytes(self, T: int) -> int:
+        """What T tokens take; a state that grows while decoding may hold room for up to twice as many."""
         o = self.options
         kept = o.window or T
         per_token = o.num_kv_heads * (o.head_dim + o.head_dim_v) * self.o_proj.weight.element_size()
