@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from glade.ops.rnn import bidirectional_rnn, reference, rnn
+from glade.ops.tolerances import TOLERANCES, relative_error
 
 ACTIVATIONS = ["tanh", "slide"]
 
@@ -39,7 +40,7 @@ def test_values_and_gradients_match_the_fp64_reference(activation, lengths) -> N
         lambda x, w, s: rnn(x, w, activation=activation, state=s, cu_seqlens=cu_seqlens), tensors
     )
     for a, b in zip(found, exact, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1.3e-6, atol=1e-5)
+        assert relative_error(a, b) <= TOLERANCES[torch.float32].gradient
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -115,12 +116,24 @@ def test_bidirectional_is_the_two_directions_side_by_side() -> None:
     torch.testing.assert_close(h[..., 4:].flip(1), rnn(x.flip(1), w_backward, activation="slide")[0])
 
 
-def test_bfloat16_is_rounded_once_and_the_state_stays_fp32() -> None:
+def test_bfloat16_is_rounded_at_the_end_only_and_the_state_stays_fp32() -> None:
     tensors = [t.bfloat16() for t in inputs(2, 9, 4, 2)]
     h, state = rnn(tensors[0], tensors[1], state=tensors[2].float())
     exact, _ = reference.rnn(tensors[0].double(), tensors[1].double(), "tanh", tensors[2].double(), None)
     assert (h.dtype, state.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(h.double(), exact, rtol=2**-8 * 1.001, atol=1e-6)
+    assert relative_error(h, exact) <= TOLERANCES[torch.bfloat16].value
+
+
+def test_autocast_does_not_reach_into_the_recurrence() -> None:
+    tensors = inputs(2, 9, 4, 2)
+
+    def under_autocast(x, w, s):
+        with torch.autocast("cpu", torch.bfloat16):
+            return rnn(x, w, state=s)
+
+    plain = outputs_and_gradients(lambda x, w, s: rnn(x, w, state=s), tensors)
+    for a, b in zip(outputs_and_gradients(under_autocast, tensors), plain, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("lengths", [None, [4, 0, 2]])

@@ -13,11 +13,11 @@ MAX_LOGITS_BYTES = 64 * 2**20
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    matmul_dtype = torch.promote_types(x.dtype, weight.dtype)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    # As everywhere in torch, autocast leaves fp64 alone
+    if torch.is_autocast_enabled(device) and matmul_dtype != torch.float64:
         matmul_dtype = torch.get_autocast_dtype(device)
-    else:
-        matmul_dtype = torch.promote_types(x.dtype, weight.dtype)
     losses, _ = _forward(x, weight, targets, bias, matmul_dtype)
     return losses
 

@@ -71,11 +71,13 @@ def _forward(
     transition = w_hh.T.to(dtype)
     hidden = torch.empty_like(inputs)
     h, offset = start, 0
-    for n in plan.rows:
-        here = hidden[offset : offset + n]
-        torch.addmm(inputs[offset : offset + n], h[:n], transition, out=here)
-        h = here.tanh_() if activation == "tanh" else here.clamp_(0, 1)
-        offset += n
+    # A custom op still sees the caller's autocast, which would put the products in its dtype
+    with torch.autocast(x.device.type, enabled=False):
+        for n in plan.rows:
+            here = hidden[offset : offset + n]
+            torch.addmm(inputs[offset : offset + n], h[:n], transition, out=here)
+            h = here.tanh_() if activation == "tanh" else here.clamp_(0, 1)
+            offset += n
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     y.view(hidden.shape)[plan.tokens] = hidden.to(x.dtype)
     final = torch.empty_like(start)
@@ -119,19 +121,20 @@ def _backward(
     # At slide's two corners the derivative is taken as 0, as in the saturated part
     slope = 1 - hidden.square() if activation == "tanh" else ((hidden > 0) & (hidden < 1)).to(hidden.dtype)
     offset = len(hidden)
-    for t in reversed(range(len(plan.rows))):
-        n = plan.rows[t]
-        offset -= n
-        here = da[offset : offset + n]
-        here *= slope[offset : offset + n]
-        first = offset + len(start) - plan.rows[t - 1] if t else 0
-        dh[first : first + n].addmm_(here, weight)
-    before = torch.cat([start, hidden])[plan.before]
+    with torch.autocast(x.device.type, enabled=False):
+        for t in reversed(range(len(plan.rows))):
+            n = plan.rows[t]
+            offset -= n
+            here = da[offset : offset + n]
+            here *= slope[offset : offset + n]
+            first = offset + len(start) - plan.rows[t - 1] if t else 0
+            dh[first : first + n].addmm_(here, weight)
+        dw_hh = da.T @ torch.cat([start, hidden])[plan.before]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dx.view(hidden.shape)[plan.tokens] = da.to(x.dtype)
     dstate = torch.empty_like(start)
     dstate[plan.order] = dh[: len(start)]
-    return dx, (da.T @ before).to(w_hh.dtype), dstate.to(dstate.dtype if state is None else state.dtype)
+    return dx, dw_hh.to(w_hh.dtype), dstate.to(dstate.dtype if state is None else state.dtype)
 
 
 @_backward.register_fake

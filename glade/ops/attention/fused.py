@@ -1,0 +1,72 @@
+"""Attention by torch's fused kernel where a whole row is seen causally, and by intervals everywhere else."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glade.ops.attention.intervals import interval_attention
+from glade.ops.attention.layout import Visible, visible_keys
+from glade.ops.attention.scores import AdditiveWeight, Score, ScoreWeight, attention_scores, bilinear
+from glade.ops.attention.state import AttentionState, next_state
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float,
+    score: Score,
+    score_weight: ScoreWeight,
+    state: AttentionState | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, AttentionState | None]:
+    after = next_state(state, k, v, cu_seqlens, window) if return_state else None
+    if isinstance(score_weight, AdditiveWeight):
+        o = _dense(q, visible_keys(k, v, window, state, cu_seqlens), scale, score, score_weight)
+        return o.to(v.dtype), after
+    if score_weight is not None:
+        q = bilinear(q, score_weight)
+    whole_rows = state is None and cu_seqlens is None and (window is None or window >= q.shape[1])
+    # With K != V torch has no fused kernel on the CPU: it would hold all scores at once.
+    if whole_rows and q.shape[3] == v.shape[3] and q.dtype == k.dtype == v.dtype:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return o.transpose(1, 2), after
+    seen = visible_keys(k, v, window, state, cu_seqlens)
+    return interval_attention(q, seen.k, seen.v, seen.first, seen.last, scale), after
+
+
+def _dense(q: Tensor, seen: Visible, scale: float, score: Score, weight: ScoreWeight) -> Tensor:
+    """All scores at once, for score functions that are there to be understood rather than to be fast."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores = attention_scores(q, seen.k, score=score, score_weight=weight, scale=scale)
+        key = torch.arange(seen.k.shape[1], device=q.device)
+        hidden = (key < seen.first[..., None]) | (key > seen.last[..., None])
+        p = torch.softmax(scores.masked_fill(hidden[:, None], -torch.inf), -1)
+        return torch.einsum(
+            "bhts,bshv->bthv", p, seen.v.to(p.dtype).repeat_interleave(q.shape[2] // seen.v.shape[2], 2)
+        )
+
+
+def attention_step_(q: Tensor, v: Tensor, state: AttentionState, scale: float) -> Tensor:
+    """o [B, H, V] of q [B, H, K] over a state that already holds the new token; v gives the dtype.
+
+    The query heads of one key head go in as further queries of it, so that keys are read once and never repeated.
+    """
+    B, H, K = q.shape
+    S, HKV = state.k.shape[1:3]
+    longest, seen = S, None
+    if state.length.is_cuda:
+        # Asking how long the rows are would wait for the device at every layer
+        seen = torch.arange(S, device=q.device) < state.length[:, None]
+    elif B:
+        longest = min(S, int(state.length.max()))
+        if int(state.length.min()) < longest:
+            seen = torch.arange(longest, device=q.device) < state.length[:, None]
+    keys, values = (x[:, :longest].transpose(1, 2).to(v.dtype) for x in state[:2])
+    mask = None if seen is None else seen[:, None, None]
+    by_key_head = q.reshape(B, HKV, H // HKV, K).to(v.dtype)
+    o = F.scaled_dot_product_attention(by_key_head, keys, values, attn_mask=mask, scale=scale)
+    return o.reshape(B, H, -1)
