@@ -285,12 +285,25 @@ def test_bfloat16_is_rounded_at_the_end_only(backend, window) -> None:
     assert relative_error(o, exact) <= TOLERANCES[torch.bfloat16].value
 
 
-def test_autocast_does_not_reach_into_the_window() -> None:
-    q, k, v = inputs(1, 90)
-    plain, _ = attention(q, k, v, window=8)
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_dtype_is_the_tensors_not_autocast_s(window) -> None:
+    q, k, v = inputs(1, 90, V=6)
+    plain, state = attention(q, k, v, window=window)
+    state = reserve(state, 91) if window is None else state
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast, _ = attention(q, k, v, window=8)
+        under_autocast, _ = attention(q, k, v, window=window)
+        step = attention_step_(q[:, 0], k[:, 0], v[:, 0], state=AttentionState(*map(torch.clone, state)), window=window)
     assert torch.equal(plain, under_autocast)
+    assert torch.equal(step, attention_step_(q[:, 0], k[:, 0], v[:, 0], state=state, window=window))
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_queries_and_keys_in_a_wider_dtype_than_values(window) -> None:
+    q, k, v = inputs(1, 20, V=6)
+    o, state = attention(q, k, v.bfloat16(), window=window)
+    exact, _ = attention(q.double(), k.double(), v.bfloat16().double(), window=window, backend="reference")
+    assert o.dtype == state.v.dtype == torch.bfloat16
+    assert relative_error(o, exact) <= TOLERANCES[torch.bfloat16].value
 
 
 def additive(K: int, hidden: int = 3, dtype=torch.float64) -> AdditiveWeight:

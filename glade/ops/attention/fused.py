@@ -30,12 +30,20 @@ def attention(
         q = bilinear(q, score_weight)
     whole_rows = state is None and cu_seqlens is None and (window is None or window >= q.shape[1])
     # With K != V torch has no fused kernel on the CPU: it would hold all scores at once.
-    if whole_rows and q.shape[3] == v.shape[3] and q.dtype == k.dtype == v.dtype:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        return o.transpose(1, 2), after
+    if whole_rows and q.shape[3] == v.shape[3]:
+        return _whole_rows(q, k, v, scale), after
     seen = visible_keys(k, v, window, state, cu_seqlens)
     return interval_attention(q, seen.k, seen.v, seen.first, seen.last, scale), after
+
+
+def _whole_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[2] != k.shape[2]
+    # The tensors decide the dtype of the arithmetic, as in every other path; autocast would decide it here alone
+    with torch.autocast(q.device.type, enabled=False):
+        o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
+    return o.transpose(1, 2).to(v.dtype)
 
 
 def _dense(q: Tensor, seen: Visible, scale: float, score: Score, weight: ScoreWeight) -> Tensor:
@@ -51,9 +59,10 @@ def _dense(q: Tensor, seen: Visible, scale: float, score: Score, weight: ScoreWe
 
 
 def attention_step_(q: Tensor, v: Tensor, state: AttentionState, scale: float) -> Tensor:
-    """o [B, H, V] of q [B, H, K] over a state that already holds the new token; v gives the dtype.
+    """o [B, H, V] of q [B, H, K] over a state that already holds the new token; v gives o's dtype.
 
-    The query heads of one key head go in as further queries of it, so that keys are read once and never repeated.
+    The query heads of one key head go in as further queries of it, so that keys are read once and never repeated. The
+    arithmetic is in the state's dtype, whatever autocast says: converting all the keys would cost more than the step.
     """
     B, H, K = q.shape
     S, HKV = state.k.shape[1:3]
@@ -65,8 +74,9 @@ def attention_step_(q: Tensor, v: Tensor, state: AttentionState, scale: float) -
         longest = min(S, int(state.length.max()))
         if int(state.length.min()) < longest:
             seen = torch.arange(longest, device=q.device) < state.length[:, None]
-    keys, values = (x[:, :longest].transpose(1, 2).to(v.dtype) for x in state[:2])
+    keys, values = (x[:, :longest].transpose(1, 2).to(state.k.dtype) for x in state[:2])
     mask = None if seen is None else seen[:, None, None]
-    by_key_head = q.reshape(B, HKV, H // HKV, K).to(v.dtype)
-    o = F.scaled_dot_product_attention(by_key_head, keys, values, attn_mask=mask, scale=scale)
-    return o.reshape(B, H, -1)
+    by_key_head = q.reshape(B, HKV, H // HKV, K).to(keys.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        o = F.scaled_dot_product_attention(by_key_head, keys, values, attn_mask=mask, scale=scale)
+    return o.reshape(B, H, -1).to(v.dtype)
