@@ -1,0 +1,22 @@
+"""A progress bar on the terminal, and nothing where there is no terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def bytes_bar(label: str, total: int | None, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on stderr; what it yields is called with the bytes just done.
+
+    Args:
+        total: None while it is unknown.
+        wanted: False for no bar at all.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda num_bytes: bar.advance(task, num_bytes)
