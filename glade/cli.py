@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from glade import __version__
 from glade.config import REQUIRED, Key, describe, load, parse_overrides, replace, section_class
 from glade.errors import ConfigError, GladeError
+from glade.explain import disk_full, explain, is_disk_full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Verb:
     help: str  # one line
     positional: tuple[str, ...] = ()  # keys that arguments without -- set, in order; a list takes all that are left
     recipe: bool = False  # the argument without -- names a recipe
+    output: str | None = None  # the key that says where it writes
     examples: tuple[str, ...] = ()
 
 
@@ -38,6 +39,7 @@ VERBS = {
         config="glade.data.config:PrepareConfig",
         help="turn text into token files for training",
         positional=("corpus",),
+        output="out",
         examples=("glade prepare notes.txt --out=data/notes", "glade prepare shakespeare --tokenizer=bpe:4096"),
     ),
     "train": Verb(
@@ -45,6 +47,7 @@ VERBS = {
         config="glade.train.config:TrainRun",
         help="train a model; with nothing else, a small one on the built-in corpus",
         recipe=True,
+        output="run",
         examples=(
             "glade train",
             "glade train --model.mixer=kla --train.max_minutes=4 --run=runs/kla",
@@ -91,11 +94,6 @@ VERBS = {
     ),
 }
 
-_OUT_OF_MEMORY = (
-    "out of memory. In training, raise train.accumulate (a step in more, smaller passes) first; then lower "
-    "train.batch_tokens, data.context (tokens a window) or model.dim; docs/troubleshooting.md says more"
-)
-
 
 class UsageError(ConfigError):
     """Arguments that name no verb, or do not fit it; the exit status is 2."""
@@ -124,44 +122,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UsageError) else 1
 
 
-def explain(error: BaseException) -> str:
-    """One message for `error`: what went wrong and what to do, no traceback."""
-    text = str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if (isinstance(error, OSError) and error.errno == 28) or "os error 28" in text:
-        return _disk_full(getattr(error, "filename", None))
-    if isinstance(error, GladeError):
-        return text
-    if isinstance(error, FileNotFoundError):
-        return f"there is no file {error.filename}" if error.filename else text
-    if isinstance(error, OSError):
-        return f"{error.strerror or text}: {error.filename}" if error.filename else error.strerror or text
-    if _is_out_of_memory(error):
-        return f"{_OUT_OF_MEMORY} ({text.strip().splitlines()[0]})" if text.strip() else _OUT_OF_MEMORY
-    if isinstance(error, ValueError):
-        return text
-    return f"{type(error).__name__}: {text}\nThis is a fault of glade; --debug shows where. Please report it."
-
-
-def _disk_full(path: str | bytes | None) -> str:
-    place = Path(os.fsdecode(path) if path else ".").absolute()
-    existing = next(folder for folder in (place, *place.parents) if folder.exists())
-    free_mb = shutil.disk_usage(existing).free / 1e6
-    what = f"{place} could not be written" if path else "a file could not be written"
-    return f"disk full: {what}; {free_mb:.1f} MB are free there. Free some space, or write to another disk"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch says it with its own class on an accelerator, and in the text of a RuntimeError on the CPU."""
-    if isinstance(error, MemoryError) or any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        phrase in said for phrase in ("out of memory", "can't allocate memory", "not enough memory")
-    )
-
-
 def _command(words: list[str]) -> None:
     if not words or (words[0] in ("help", "--help", "-h") and len(words) == 1):
         print(_overview())
@@ -187,7 +147,13 @@ def _command(words: list[str]) -> None:
         config = read_config(verb, rest)
     except ConfigError as error:
         raise UsageError(f"{error}\n`glade {name} --help` lists every key") from error
-    _resolve(verb.run)(config)
+    try:
+        _resolve(verb.run)(config)
+    except Exception as error:
+        # a failed write does not say which file it was, but the verb says where it writes
+        if is_disk_full(error) and not getattr(error, "filename", None) and verb.output:
+            raise GladeError(disk_full(getattr(config, verb.output))) from error
+        raise
 
 
 def read_config(verb: Verb, words: Sequence[str]) -> Any:

@@ -1,4 +1,5 @@
 """The program's grammar, help, and what each kind of failure becomes; what the verbs do is tested beside them."""
+# ruff: noqa: RUF009 (`setting` is `dataclasses.field`, which ruff knows only by that name)
 
 import errno
 import os
@@ -6,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_type_hints
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from glade import cli
-from glade.cli import VERBS, Verb, explain, main, read_config
+from glade.cli import VERBS, Verb, main, read_config
 from glade.config import REQUIRED, describe, setting
 from glade.errors import CheckpointError, ConfigError
+from glade.explain import explain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +148,14 @@ def test_every_verb_is_a_function_of_its_config(name: str) -> None:
     hints = get_type_hints(function)
     hints.pop("return")
     assert list(hints.values()) == [config]
-    assert set(verb.positional) <= {f.name for f in fields(config)}
+    assert {*verb.positional, *([verb.output] if verb.output else [])} <= {f.name for f in fields(config)}
     for key in describe(config):
         assert key.help, f"{name}: --{key.name} says nothing about itself"
 
 
 def test_help_and_mistakes_load_nothing_heavy() -> None:
     heavy = "print(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)), file=sys.stderr)"
-    for words in (["help"], ["generate", "--help"], ["score", "x", "--txt=y"]):
+    for words in (["help"], ["generate", "--help"], ["train", "--help"], ["score", "x", "--txt=y"]):
         code = f"import sys; from glade.cli import main; main({words!r}); {heavy}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stderr.splitlines()[-1] == "[]"
@@ -175,7 +177,8 @@ OUT_OF_MEMORY_ON_CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator:
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), ["no file a.txt"]),
         (PermissionError(errno.EACCES, "Permission denied", "a.txt"), ["Permission denied: a.txt"]),
         (OSError(errno.ENOSPC, "No space left on device", "/tmp/no/such/x"), ["disk full", "/tmp/no/such/x", "MB"]),
-        (RuntimeError("Error: I/O error: No space left on device (os error 28)"), ["disk full", "MB are free"]),
+        (OSError(errno.ENOSPC, "No space left on device"), ["disk full: a file could not be written"]),
+        (RuntimeError("Error: I/O error: No space left on device (os error 28)"), ["disk full"]),
         (MemoryError(), ["train.accumulate", "model.dim", "data.context", "docs/troubleshooting.md"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ["train.batch_tokens", "2 GiB"]),
         (RuntimeError(OUT_OF_MEMORY_ON_CPU), ["train.batch_tokens", "DefaultCPUAllocator"]),
@@ -212,6 +215,23 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_is_named_by_where_the_verb_writes(
+    run_try: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def fail(config: Config) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write does, which knows no name
+
+    monkeypatch.setattr(sys.modules[__name__], "act", fail)
+    monkeypatch.setitem(VERBS, "try", replace(TRY, output="checkpoint"))
+    assert run_try(str(tmp_path / "not" / "made")) == 1
+    shown = capsys.readouterr().err
+    assert f"disk full: {tmp_path / 'not' / 'made'} could not be written" in shown
+    assert re.search(r"\d MB are free there", shown)
 
 
 def test_the_keys_that_the_out_of_memory_message_names_exist() -> None:

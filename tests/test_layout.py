@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
     "config": {"errors", "values"},
+    "explain": {"errors"},
     "ops": {"errors"},
     "model": _LEAVES | {"ops"},
     "data": set(_LEAVES),

@@ -1,6 +1,7 @@
 """Talk to a model in the terminal: the verb `glade chat`. The state is carried from turn to turn, never rebuilt."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,7 @@ class Chat:
         self.state: State | None = None
         self.unread: list[int] = []  # drawn, shown, and not read by the model yet
 
-    def reply(self, text: str, show=lambda text: None) -> str:
+    def reply(self, text: str, show: Callable[[str], object] | None = None) -> str:
         """The answer to `text`, each piece of it handed to `show` as it comes.
 
         Raises:
@@ -55,7 +56,8 @@ class Chat:
         answer = ""
         for event in decode_text(decoding, self.tokenizer):
             answer += event.text
-            show(event.text)
+            if show is not None:
+                show(event.text)
         # an EOS that ends a reply is not part of the text; a template writes its own
         self.unread = [id for id in decoding.unread.values() if id != self.tokenizer.eos_id]
         self.state = decoding.state
@@ -88,9 +90,10 @@ def run(config: ChatConfig) -> None:
     model = load(config.checkpoint, device=config.device, dtype=config.dtype)
     chat = Chat(model, tokenizer_of(model), config, config.system)
     print(_HELP, file=sys.stderr)
+    prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            line = input("> ")
+            line = input(prompt)
         except EOFError:
             return
         if line == "/quit":
