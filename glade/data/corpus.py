@@ -40,7 +40,7 @@ def parse_mixture(spec: str) -> list[Source]:
         DataError: an empty part, some parts weighted and some not, a weight of 0.
     """
     sources = []
-    for part in re.split(r"\s+\+\s+", spec.strip()):
+    for part in map(str.strip, re.split(r"(?<=\s)\+(?=\s)", f" {spec} ")):
         weighted = re.fullmatch(r"(.+?)\s*\*\s*(\d+(?:\.\d+)?)", part)
         name, weight = (weighted[1], Fraction(weighted[2])) if weighted else (part, None)
         if not name or weight == 0:

@@ -4,18 +4,25 @@ Lines end at "\\n" only (a "\\r" before it is dropped): U+2028 and its like stan
 """
 
 import gzip
+import io
 import json
 import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from glade.errors import DataError
 
+try:
+    import zstandard
+except ImportError:  # it belongs to glade[data]; asked for when a .zst is read
+    zstandard = None
+
 SEPARATOR = "<|endoftext|>"
 _COMPRESSIONS = (".xz", ".gz", ".zst")
+_DAMAGED = (lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile, *([zstandard.ZstdError] if zstandard else []))
 # " = Robert Boulter = " is a title, " = = Career = = " a section of the same article
 _WIKITEXT_TITLE = re.compile(r" ?= (?!= )(.+?)(?<! =) = ?")
 
@@ -71,12 +78,46 @@ def _open(path: Path) -> IO[bytes]:
     if suffix == ".gz":
         return gzip.open(path)  # pyright: ignore[reportReturnType]
     if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DataError(f"{path}: reading .zst needs zstandard; run `pip install 'glade[data]'`") from error
-        return zstandard.open(path, "rb")  # pyright: ignore[reportReturnType]
+        if zstandard is None:
+            raise DataError(f"{path}: reading .zst needs zstandard; run `pip install 'glade[data]'`")
+        return io.BufferedReader(_Chunks(_zst_chunks(path)))
     return open(path, "rb")
+
+
+def _zst_chunks(path: Path) -> Iterator[bytes]:
+    """The content of a .zst. zstandard's own reader takes a file that was cut off for one that ends there."""
+    assert zstandard is not None
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 16):
+            yield frame.decompress(chunk)
+            while frame.eof and frame.unused_data:
+                rest = frame.unused_data
+                frame = zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(rest)
+    if not frame.eof:
+        raise EOFError("the archive ends early")
+
+
+class _Chunks(io.RawIOBase):
+    """Pieces of bytes as a file to read."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._left:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._left = chunk
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -92,10 +133,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             f"{path}:{number}: byte 0x{error.object[error.start]:02x} at column {error.start + 1} is not UTF-8; "
             f"convert the file to UTF-8"
         ) from error
-    except (lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except _DAMAGED as error:
         raise DataError(f"{path}: damaged after line {number} ({error}); get the file again") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 # --- lines to documents ---
