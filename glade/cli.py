@@ -35,7 +35,7 @@ class Verb:
 
 VERBS = {
     "prepare": Verb(
-        run="glade.data.prepare:run_prepare",
+        run="glade.data.config:run_prepare",
         config="glade.data.config:PrepareConfig",
         help="turn text into token files for training",
         positional=("corpus",),
