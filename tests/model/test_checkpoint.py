@@ -266,7 +266,7 @@ start = time.perf_counter()
 save(0)
 duration = time.perf_counter() - start
 kills = seen = 0
-while kills < 30 or seen < 10:
+while kills < 12 or seen < 4:
     child = os.fork()
     if child == 0:
         number = seen
