@@ -49,7 +49,7 @@ def outputs_and_gradients(q: Tensor, k: Tensor, v: Tensor, state: AttentionState
     o, after = attention(leaves["q"], leaves["k"], leaves["v"], state=state, **how)
     generator = torch.Generator().manual_seed(1)
     outputs = [o, after.k, after.v]
-    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in outputs]
+    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
     named = dict(zip([f"d {name}" for name in leaves], gradients, strict=True))
     return {"o": o, "after.k": after.k, "after.v": after.v, "after.length": after.length, **named}
@@ -97,6 +97,38 @@ def test_packed_documents(backend, lengths, window, with_state) -> None:
     assert_matches_reference(
         inputs(1, sum(lengths)), state, window=window, cu_seqlens=borders(lengths), backend=backend
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("how", ["rows", "state", "packed", "packed with states"])
+def test_on_a_gpu(how, window) -> None:
+    packed, with_state = "packed" in how, "state" in how
+    tensors = inputs(1, 150, V=6) if packed else inputs(3, 50, V=6)
+    q, k, v = inputs(1, 18, V=6)
+    state = attention(q, k, v, window=window, cu_seqlens=borders([5, 0, 13]))[1] if with_state else None
+    cu_seqlens = borders([10, 1, 139]) if packed else None
+    exact_state = None if state is None else AttentionState(state.k.double(), state.v.double(), state.length)
+    q, k, v = (t.double() for t in tensors)
+    exact = outputs_and_gradients(q, k, v, exact_state, window=window, cu_seqlens=cu_seqlens, backend="reference")
+    on_gpu = None if state is None else AttentionState(*(x.cuda() for x in state))
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.cuda()
+    found = outputs_and_gradients(*(t.cuda() for t in tensors), on_gpu, window=window, cu_seqlens=cu_seqlens)
+    for name, right in exact.items():
+        assert relative_error(found[name].cpu(), right) <= TOLERANCES[torch.float32].gradient, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 5])
+def test_steps_on_a_gpu(window) -> None:
+    q, k, v = inputs(2, 9, V=6)
+    o, after = attention(q, k, v, window=window)
+    state = AttentionState(*(x.cuda() for x in empty_state(2, window or 12, 2, 6, 6)))
+    steps = [
+        attention_step_(q[:, t].cuda(), k[:, t].cuda(), v[:, t].cuda(), state=state, window=window) for t in range(9)
+    ]
+    torch.testing.assert_close(torch.stack(steps, 1).cpu(), o)
+    torch.testing.assert_close(state.k[:, : after.k.shape[1]].cpu(), after.k)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -24,7 +24,7 @@ def losses_and_gradients(function, tensors: list[Tensor]) -> list[Tensor]:
     """The losses, and the gradients for a different upstream gradient on every token."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     losses = function(*leaves)
-    upstream = torch.linspace(-1, 2, losses.numel()).view(losses.shape).to(losses.dtype)
+    upstream = torch.linspace(-1, 2, losses.numel()).view(losses.shape).to(losses)
     return [losses, *torch.autograd.grad(losses, leaves, upstream)]
 
 
@@ -45,6 +45,20 @@ def test_values_and_gradients_match_the_fp64_reference(shape) -> None:
     assert found[0].dtype == torch.float32
     for a, b in zip(found, exact, strict=True):
         assert relative_error(a, b) <= TOLERANCES[torch.float32].gradient
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("chunks")
+def test_on_a_gpu() -> None:
+    tensors, targets = inputs((2, 7), 5, 11)
+    exact = losses_and_gradients(
+        lambda x, w, b: reference.linear_cross_entropy(x, w, targets, b), [t.double() for t in tensors]
+    )
+    found = losses_and_gradients(
+        lambda x, w, b: linear_cross_entropy(x, w, targets.cuda(), bias=b), [t.cuda() for t in tensors]
+    )
+    for a, b in zip(found, exact, strict=True):
+        assert relative_error(a.cpu(), b) <= TOLERANCES[torch.float32].gradient
 
 
 @pytest.mark.usefixtures("chunks")

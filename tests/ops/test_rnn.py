@@ -24,7 +24,7 @@ def outputs_and_gradients(function, tensors: list[Tensor]) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     outputs = function(*leaves)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in outputs]
+    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
     return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
 
 
@@ -41,6 +41,21 @@ def test_values_and_gradients_match_the_fp64_reference(activation, lengths) -> N
     )
     for a, b in zip(found, exact, strict=True):
         assert relative_error(a, b) <= TOLERANCES[torch.float32].gradient
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_on_a_gpu(activation) -> None:
+    tensors, cu_seqlens = inputs(1, 18, 5, 4), borders([5, 0, 10, 3])
+    exact = outputs_and_gradients(
+        lambda x, w, s: reference.rnn(x, w, activation, s, cu_seqlens), [t.double() for t in tensors]
+    )
+    found = outputs_and_gradients(
+        lambda x, w, s: rnn(x, w, activation=activation, state=s, cu_seqlens=cu_seqlens.cuda()),
+        [t.cuda() for t in tensors],
+    )
+    for a, b in zip(found, exact, strict=True):
+        assert relative_error(a.cpu(), b) <= TOLERANCES[torch.float32].gradient
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

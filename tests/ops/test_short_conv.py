@@ -31,7 +31,7 @@ def outputs_and_gradients(tensors: dict[str, Tensor], **settings) -> list[Tensor
     leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
     y, state = short_conv(leaves["x"], leaves["weight"], bias=leaves["bias"], state=leaves["state"], **settings)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, state)]
+    upstream = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (y, state)]
     gradients = torch.autograd.grad([y, state], list(leaves.values()), upstream)
     return [y, state, *gradients]
 
@@ -163,6 +163,25 @@ def test_no_documents_at_all(backend) -> None:
     y, state = short_conv(torch.zeros(1, 0, 4), torch.zeros(4, 3), cu_seqlens=borders([]), backend=backend)
     assert y.shape == (1, 0, 4)
     assert state.shape == (0, 4, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, [5, 0, 1, 70, 2]])
+def test_on_a_gpu(lengths) -> None:
+    cu_seqlens = None if lengths is None else borders(lengths)
+    tensors = inputs(2, 78, 12, 4, 2) if lengths is None else inputs(1, 78, 12, 4, 5)
+    exact = outputs_and_gradients(
+        {n: t.double() for n, t in tensors.items()}, l2norm_heads=3, cu_seqlens=cu_seqlens, backend="reference"
+    )
+    on_gpu = None if cu_seqlens is None else cu_seqlens.cuda()
+    found = outputs_and_gradients({n: t.cuda() for n, t in tensors.items()}, l2norm_heads=3, cu_seqlens=on_gpu)
+    for a, b in zip(found, exact, strict=True):
+        assert relative_error(a.cpu(), b) <= TOLERANCES[torch.float32].gradient
+    state = tensors["state"].cuda()
+    step = short_conv_step_(tensors["x"][:1, 0].cuda(), tensors["weight"].cuda(), state=state[:1])
+    right, after = short_conv(tensors["x"][:1, :1], tensors["weight"], state=tensors["state"][:1])
+    torch.testing.assert_close(step.cpu(), right[:, 0])
+    torch.testing.assert_close(state[:1].cpu(), after)
 
 
 def test_unit_norm_per_head() -> None:
