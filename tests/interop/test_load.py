@@ -79,7 +79,7 @@ def test_device_and_dtype_are_honoured(checkpoint: Path) -> None:
     assert load(checkpoint, device="auto").embed.weight.device.type == find_device("auto").type
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", 7])
+@pytest.mark.parametrize("device", ["graphics", "cuda:99", 7])
 def test_a_device_that_cannot_be_used_is_named(checkpoint: Path, device: Any) -> None:
     with pytest.raises(ConfigError, match=f"device '{device}' cannot be used here"):
         load(checkpoint, device=device)
