@@ -448,6 +448,9 @@ def test_no_tokens(backend) -> None:
         o, after = attention(*inputs(2, 0), window=window, backend=backend)
         assert after.k.shape == (2, window or 0, 2, 6)
         assert after.length.tolist() == [0, 0]
+        o, after = attention(*inputs(1, 0), window=window, cu_seqlens=torch.tensor([0]), backend=backend)
+        assert o.shape == (1, 0, 4, 5)
+        assert after.length.shape == (0,)
 
 
 def test_reserve_keeps_what_is_there() -> None:
@@ -456,6 +459,8 @@ def test_reserve_keeps_what_is_there() -> None:
     assert roomy.k.shape[1] == 9
     assert torch.equal(roomy.k[:, :4], state.k)
     assert (roomy.v[:, 4:] == 0).all()
+    roomy.length.add_(1)
+    assert state.length.tolist() == [4, 2]
     assert reserve(roomy, 3) is roomy
 
 

@@ -27,7 +27,7 @@ from glade.ops.attention.scores import (
     check_score,
     default_scale,
 )
-from glade.ops.attention.state import AttentionState, check_state, empty_state, reserve, write_
+from glade.ops.attention.state import AttentionState, check_no_ring, check_state, empty_state, reserve, write_
 from glade.ops.packing import check_cu_seqlens
 
 __all__ = [
@@ -117,7 +117,8 @@ def attention(
     Returns:
         o [B, T, H, V] in v's dtype, and the state after the last token, in the dtype of `state` (of k and v without
         one): with a window a ring of `window` slots, else room for T (the longest document's) tokens more than before;
-        k and v themselves where nothing stands before them. `state` itself is not changed.
+        k and v themselves where nothing stands before them (clone or `reserve` that before `attention_step_`). `state`
+        itself is not changed.
 
     Raises:
         ValueError: a shape, dtype or value that does not fit. BackendError: an unknown backend.
@@ -127,6 +128,8 @@ def attention(
     num_rows = q.shape[0] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, q.shape[0])
     if state is not None:
         check_state(state, num_rows, k, v, window)
+        if window is None and not torch.compiler.is_compiling():
+            check_no_ring(state)
     if scale is None:
         scale = default_scale(q, score)
     run = BACKENDS.get("torch" if backend == "auto" else backend)

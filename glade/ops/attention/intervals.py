@@ -41,26 +41,26 @@ class _Block(NamedTuple):
 
 def _blocks(q: Tensor, first: Tensor, last: Tensor) -> Iterator[_Block]:
     B, H = q.shape[0], q.shape[2]
-    from_host, to_host = first.amin(0).cpu(), last.amax(0).cpu()
-    surely_from, surely_to = first.amax(0).cpu().tolist(), last.amin(0).cpu().tolist()
-    for start, stop in _runs(from_host, to_host):
-        low, high = int(from_host[start]), int(to_host[stop - 1]) + 1
+    # What some row sees and what every row sees, fetched from a GPU at once
+    some_from, some_to, all_from, all_to = torch.stack([first.amin(0), last.amax(0), first.amax(0), last.amin(0)]).cpu()
+    for start, stop in _runs(some_from, some_to):
+        low, high = int(some_from[start]), int(some_to[stop - 1]) + 1
         # A CPU goes row by row: it reads one row's heads in place, several rows would first be copied together
         num_rows = max(1, MAX_SCORES // (H * (stop - start) * (high - low))) if q.is_cuda else 1
         for row in range(0, B, num_rows):
             rows = slice(row, row + num_rows)
             from_, to = (x[rows if len(x) > 1 else slice(None), start:stop, None] for x in (first, last))
-            hidden = _hidden(from_, to, low, high, surely_from[stop - 1], surely_to[start] + 1)
+            hidden = _hidden(from_, to, low, high, int(all_from[stop - 1]), int(all_to[start]) + 1)
             yield _Block(rows, slice(start, stop), slice(low, high), hidden)
 
 
-def _runs(from_host: Tensor, to_host: Tensor) -> Iterator[tuple[int, int]]:
+def _runs(some_from: Tensor, some_to: Tensor) -> Iterator[tuple[int, int]]:
     """Cuts [0, T) every BLOCK queries, and where a query shares no key with the one before it and has a history.
 
     Without the second kind of cut a few new tokens for each of many long histories would see all the histories.
     """
-    T = len(from_host)
-    apart = (from_host[1:] > to_host[:-1]) & (to_host[1:] > from_host[1:])
+    T = len(some_from)
+    apart = (some_from[1:] > some_to[:-1]) & (some_to[1:] > some_from[1:])
     cuts = [0, *(apart.nonzero()[:, 0] + 1).tolist(), T]
     for i in range(len(cuts) - 1):
         for start in range(cuts[i], cuts[i + 1], BLOCK):

@@ -33,7 +33,7 @@ def empty_state(
 
 
 def reserve(state: AttentionState, capacity: int) -> AttentionState:
-    """The same state with room for `capacity` tokens a row, for attention without a window; never less than it has.
+    """The state with room for `capacity` tokens a row, for attention without a window: a copy, or itself if it has it.
 
     Decoding that does not know its end doubles: `reserve(state, 2 * state.k.shape[1])` whenever it is full.
     """
@@ -41,7 +41,7 @@ def reserve(state: AttentionState, capacity: int) -> AttentionState:
     if extra <= 0:
         return state
     k, v = (torch.cat([x, x.new_zeros(x.shape[0], extra, *x.shape[2:])], 1) for x in state[:2])
-    return AttentionState(k, v, state.length)
+    return AttentionState(k, v, state.length.clone())
 
 
 def check_state(state: AttentionState, num_rows: int, k: Tensor, v: Tensor, window: int | None) -> None:
@@ -55,8 +55,15 @@ def check_state(state: AttentionState, num_rows: int, k: Tensor, v: Tensor, wind
         raise ValueError(
             f"state.length is {state.length.dtype} of shape {list(state.length.shape)}; give int64 [{num_rows}]"
         )
-    # Reading the value costs a synchronisation on a GPU, and tracing cannot do it.
-    if window is None and num_rows and not torch.compiler.is_compiling() and int(state.length.max()) > S:
+
+
+def check_no_ring(state: AttentionState) -> None:
+    """Raises ValueError if the state is a ring that has gone round, which attention without a window cannot continue.
+
+    Reads a value: a synchronisation on a GPU, and nothing that tracing could do.
+    """
+    S = state.k.shape[1]
+    if len(state.length) and int(state.length.max()) > S:
         raise ValueError(
             f"state has seen {int(state.length.max())} tokens but holds {S}: it is the ring of a window of {S}; "
             "give that window"
