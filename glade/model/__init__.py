@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "MIXERS": "config",
-    "Block": "lm",
+    "Block": "block",
     "LanguageModel": "lm",
     "ModelConfig": "config",
     "State": "state",
 }
 
 if TYPE_CHECKING:
+    from glade.model.block import Block
     from glade.model.config import MIXERS, ModelConfig
-    from glade.model.lm import Block, LanguageModel
+    from glade.model.lm import LanguageModel
     from glade.model.state import State
 
 __all__ = ["MIXERS", "Block", "LanguageModel", "ModelConfig", "State"]

@@ -1,9 +1,6 @@
 """`LanguageModel`: the one model. It knows its mixers only as `glade.model.mixer.Mixer`.
 
-    x = embed(ids) (+ positions)
-    per block, pre-norm:   x = x + mixer(norm(x));  x = x + ffn(norm(x))
-    post-norm:             x = norm(x + mixer(x));  x = norm(x + ffn(x))
-    logits = norm(x) W_head
+    x = embed(ids) (+ positions),  x = block(x) for every block,  logits = norm(x) W_head
 
 It knows nothing of text, losses over batches, or sampling.
 """
@@ -16,52 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glade.model.block import Block
 from glade.model.checkpoint import Saveable, load_weights, read_checkpoint, write_checkpoint
 from glade.model.config import ModelConfig
-from glade.model.ffn import make_ffn
 from glade.model.init import initialise
-from glade.model.mixer import MixerState
-from glade.model.mixers import make_mixer
 from glade.model.norm import make_norm
 from glade.model.state import State
 from glade.ops import linear_cross_entropy
 from glade.ops.packing import check_cu_seqlens, document_borders, document_ids, document_positions
-
-
-class Block(nn.Module):
-    """One mixer and one feed-forward network (or none), each with its norm, on the residual stream."""
-
-    def __init__(self, config: ModelConfig, mixer: str) -> None:
-        super().__init__()
-        self.pre = config.norm_placement == "pre"
-        self.mixer_norm = make_norm(config.norm, config.dim, config.norm_eps)
-        self.mixer = make_mixer(config, mixer)
-        self.ffn = make_ffn(config)
-        self.ffn_norm = None if self.ffn is None else make_norm(config.norm, config.dim, config.norm_eps)
-        self.dropout = nn.Dropout(config.residual_dropout or 0.0)
-
-    def forward(
-        self, x: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, MixerState, Tensor | None]:
-        """x [B, T, D] -> x, the mixer's state, and the load-balancing loss of a mixture of experts."""
-        y, state = self.mixer(self.mixer_norm(x) if self.pre else x, state, cu_seqlens)
-        x, load_balance = self._feed_forward(self._add(x, y, self.mixer_norm))
-        return x, state, load_balance
-
-    def step_(self, x: Tensor, state: MixerState, slots: Tensor | None) -> tuple[Tensor, MixerState]:
-        """x [B, D] -> x and the mixer's state, updated in place where it could be."""
-        y, state = self.mixer.step_(self.mixer_norm(x) if self.pre else x, state, slots)
-        return self._feed_forward(self._add(x, y, self.mixer_norm))[0], state
-
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.ffn is None or self.ffn_norm is None:
-            return x, None
-        y, load_balance = self.ffn(self.ffn_norm(x) if self.pre else x)
-        return self._add(x, y, self.ffn_norm), load_balance
-
-    def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
-        x = x + self.dropout(y)
-        return x if self.pre else norm(x)
 
 
 class LanguageModel(nn.Module):
@@ -98,6 +57,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         targets: Tensor | None = None,
         logits: Literal["all", "last"] = "all",
+        return_state: bool = True,
     ) -> tuple[Tensor, State]:
         """Read tokens; say what comes next.
 
@@ -109,11 +69,14 @@ class LanguageModel(nn.Module):
             targets:    [B, T], the token after each; negative: none. The losses take the logits' place, and the
                         logits are never whole in memory
             logits:     "all", or "last": of the last token of each row (each document) alone
+            return_state: False leaves out the layers' states, when nothing will be read on: packed documents under
+                        full attention would pay for N times the longest one
 
         Returns:
             logits [B, T, vocab_size] ("last": [B, vocab_size], or [N, vocab_size]) in the dtype of the matrix
-            product, or with targets the losses [B, T] in nats, fp32; and the state after the last tokens. With a
-            mixture of experts `state.load_balance` is the loss to add to the training loss.
+            product, or with targets the losses [B, T] in nats, fp32; and the state after the last tokens (without
+            return_state one that has no layers and cannot be read on from). With a mixture of experts
+            `state.load_balance` is the loss to add to the training loss.
 
         Raises:
             ValueError: an id outside the vocabulary, a sequence beyond the learned positions, or shapes that do not
@@ -127,8 +90,10 @@ class LanguageModel(nn.Module):
         x = self.dropout(x)
         layers, load_balances = [], []
         for i, block in enumerate(self.layers):
-            x, layer, load_balance = block(x, None if state is None else state.layers[i], cu_seqlens)
-            layers.append(layer)
+            before = None if state is None else state.layers[i]
+            x, layer, load_balance = block(x, before, cu_seqlens, return_state=return_state)
+            if return_state:
+                layers.append(layer)
             if load_balance is not None:
                 load_balances.append(load_balance)
         after = State(tuple(layers), self._advanced(state, ids, cu_seqlens, rows), self._weigh(load_balances))

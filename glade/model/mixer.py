@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MixerState = Any  # a NamedTuple of tensors, one class per kind of mixer
-
 
 class Mixer(nn.Module, ABC):
     """y_t = f(x_0 .. x_t), within a document."""
@@ -24,26 +22,27 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, MixerState]:
+        self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, *, return_state: bool = True
+    ) -> tuple[Tensor, Any]:
         """Whole sequences.
 
         Args:
             x:          [B, T, D]
             state:      what a former call returned, one row per sequence; None is the start
             cu_seqlens: [N + 1] borders of packed documents (B == 1, and the state has N rows)
+            return_state: False leaves the new state out (None in its place)
         Returns:
             y [B, T, D] in x's dtype, and the state after the last token of each row.
         """
 
     @abstractmethod
-    def step_(self, x: Tensor, state: MixerState, slots: Tensor | None = None) -> tuple[Tensor, MixerState]:
+    def step_(self, x: Tensor, state: Any, slots: Tensor | None = None) -> tuple[Tensor, Any]:
         """One token a row, without gradients: x [B, D], its rows of `state` (`slots` [B] int64, or all in order)
         updated in place. Returns y [B, D] and the state to go on with: the same tensors, unless one had to grow.
         """
 
     @abstractmethod
-    def init_state(self, batch: int) -> MixerState:
+    def init_state(self, batch: int) -> Any:
         """The state before the first token, of `batch` rows, on this mixer's device."""
 
     @abstractmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glade.errors import CheckpointError
 from glade.model.atomic import write_file_atomically
-from glade.model.mixer import MixerState, tensor_bytes
+from glade.model.mixer import tensor_bytes
 from glade.model.mixers.linear import LinearState
 from glade.model.mixers.rnn import RnnState
 from glade.ops import AttentionState
@@ -40,7 +40,7 @@ class State:
                   forward: it is not carried on, copied or saved.
     """
 
-    layers: tuple[MixerState, ...]
+    layers: tuple[Any, ...]
     position: Tensor
     load_balance: Tensor | None = None
 

@@ -42,6 +42,18 @@ def test_last_logits_are_the_last_of_all(case: str, build: Build, make_ids: Make
     torch.testing.assert_close(packed, every[0, [3, 4, 8]], rtol=0, atol=1e-12)
 
 
+def test_the_state_can_be_left_out(case: str, build: Build, make_ids: MakeIds) -> None:
+    model, ids = build(case), make_ids(1, 9)
+    for borders in (None, torch.tensor([0, 4, 9])):
+        with torch.no_grad():
+            losses, state = model(ids, cu_seqlens=borders, targets=ids)
+            same, none = model(ids, cu_seqlens=borders, targets=ids, return_state=False)
+        assert torch.equal(same, losses) and none.layers == ()
+        assert (none.load_balance is None) == (state.load_balance is None)
+        with pytest.raises(ValueError, match="and 0 layers; this call has"):
+            model(ids, none, cu_seqlens=borders)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["gdn2", "softmax"])
 def test_compiles_without_a_graph_break(mixer: str) -> None:

@@ -38,16 +38,28 @@ class Attention(Mixer):
         self.o_proj = nn.Linear(values, dim, bias=o.out_bias)
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, AttentionState]:
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: bool = True,
+    ) -> tuple[Tensor, AttentionState | None]:
         q, k, v = self._heads(x)
         if self.options.rope:
             positions = _positions(x.shape[1], x.device, state, cu_seqlens)
             q, k = self._rotate(q, positions), self._rotate(k, positions)
-        o, state = attention(
-            q, k, v, window=self.options.window, scale=self.options.scale, state=state, cu_seqlens=cu_seqlens
+        o, after = attention(
+            q,
+            k,
+            v,
+            window=self.options.window,
+            scale=self.options.scale,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            return_state=return_state,
         )
-        return self._output(o, x), state
+        return self._output(o, x), after
 
     def step_(self, x: Tensor, state: AttentionState, slots: Tensor | None = None) -> tuple[Tensor, AttentionState]:
         q, k, v = self._heads(x[:, None])

@@ -68,8 +68,13 @@ class Linear(Mixer):
         return Gates()
 
     def forward(
-        self, x: Tensor, state: LinearState | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, LinearState]:
+        self,
+        x: Tensor,
+        state: LinearState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: bool = True,
+    ) -> tuple[Tensor, LinearState | None]:
         recurrent, conv_q, conv_k, conv_v = state if state is not None else (None,) * 4
         q, conv_q = self.q_conv(self.q_proj(x), conv_q, cu_seqlens)
         k, conv_k = self.k_conv(self.k_proj(x), conv_k, cu_seqlens)
@@ -78,7 +83,7 @@ class Linear(Mixer):
         o, recurrent = linear_attention(
             q, k, v, g=g, erase=erase, write=write, scale=self.options.scale, state=recurrent, cu_seqlens=cu_seqlens
         )
-        return self._output(o, x), LinearState(recurrent, conv_q, conv_k, conv_v)
+        return self._output(o, x), LinearState(recurrent, conv_q, conv_k, conv_v) if return_state else None
 
     def step_(self, x: Tensor, state: LinearState, slots: Tensor | None = None) -> tuple[Tensor, LinearState]:
         q = self.q_conv.step_(self.q_proj(x), state.conv_q, slots)

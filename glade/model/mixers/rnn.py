@@ -38,11 +38,11 @@ class Rnn(Mixer):
             self.o_proj.bias.fill_(0.5)
 
     def forward(
-        self, x: Tensor, state: RnnState | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, RnnState]:
+        self, x: Tensor, state: RnnState | None = None, cu_seqlens: Tensor | None = None, *, return_state: bool = True
+    ) -> tuple[Tensor, RnnState | None]:
         before = None if state is None else state.hidden
         h, after = rnn(self.x_proj(x), self.w_hh, activation=self.activation, state=before, cu_seqlens=cu_seqlens)
-        return self._output(h), RnnState(after)
+        return self._output(h), RnnState(after) if return_state else None
 
     def step_(self, x: Tensor, state: RnnState, slots: Tensor | None = None) -> tuple[Tensor, RnnState]:
         before = state.hidden if slots is None else state.hidden[slots]
