@@ -58,8 +58,12 @@ def load(
 
 def save(config: Any, file: str | Path) -> None:
     """Write `config` as yaml that `load` reads back to an equal config."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    Path(file).write_text(text, encoding="utf-8")
+    Path(file).write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: Any) -> str:
+    """`config` as the text that `load` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def replace(config: C, changes: Mapping[str, Any]) -> C:

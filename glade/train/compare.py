@@ -1,5 +1,5 @@
 """`glade compare RUN...`: several runs in one table and one plot, from what they left in their folders."""
-# ruff: noqa: RUF009 (`setting` is `dataclasses.field`, which ruff knows only by that name)
+
 
 import json
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 """What a training run can be told. Imports no torch, so that `glade train --help` answers at once."""
-# ruff: noqa: RUF009 (`setting` is `dataclasses.field`, which ruff knows only by that name)
+
 
 from dataclasses import dataclass
 from typing import Literal

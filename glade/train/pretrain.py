@@ -19,7 +19,6 @@ import torch
 from glade import __version__
 from glade import config as settings
 from glade.data.loader import Batches, heldout_batches
-from glade.data.prepare import Prepared, prepare_cached
 from glade.data.tokenizer import Tokenizer
 from glade.errors import ConfigError
 from glade.evals.perplexity import Perplexity, heldout_batch_tokens, perplexity
@@ -90,7 +89,7 @@ class _Pretraining:
     def __init__(self, config: TrainRun) -> None:
         self.folder = open_run(config)
         self.device = find_device(config.device)
-        self.data = _prepare(config)
+        self.data = config.data.prepare(config.seed)
         self.tokenizer = self.data.tokenizer
         model = replace(config.model, vocab_size=_vocab_size(config, self.tokenizer)).resolve()
         self.config = replace(config, run=str(self.folder), model=model)
@@ -107,7 +106,7 @@ class _Pretraining:
             forward=torch.compile(self.model) if config.train.compile else self.model,
             optimizer=self.optimizer,
             batches=Batches(
-                self.data.train, context=config.data.context, batch_tokens=config.train.batch_tokens, seed=config.seed
+                self.data.mixture, context=config.data.context, batch_tokens=config.train.batch_tokens, seed=config.seed
             ),
             settings=config.train,
             precision=self.precision,
@@ -209,7 +208,6 @@ class _Pretraining:
             "torch_version": torch.__version__,
             "seed": self.config.seed,
             "corpus": self.config.data.corpus,
-            "credit": self.data.credit,
             "context": self.config.data.context,
             "train": asdict(self.config.train),
             "step": self.progress.step,
@@ -303,20 +301,6 @@ class _Pretraining:
             f"tokens in {batch}. Lower train.lr (its peak is {self.trainer.peak_lr:.2g}) or train.clip, or set "
             f"train.precision=fp32, and go on with --resume"
         )
-
-
-def _prepare(config: TrainRun) -> Prepared:
-    data = config.data
-    return prepare_cached(
-        data.corpus,
-        tokenizer=data.tokenizer,
-        text_field=data.text_field,
-        heldout=data.heldout,
-        heldout_corpus=data.heldout_corpus,
-        separator=data.separator,
-        seed=config.seed,
-        cache=data.cache,
-    )
 
 
 def _vocab_size(config: TrainRun, tokenizer: Tokenizer) -> int:

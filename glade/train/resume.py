@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +72,22 @@ def open_run(config: TrainRun) -> Path:
         return folder
     if not has_run:
         raise CheckpointError(f"{folder} has no checkpoints/last to resume from; start it without --resume")
-    saved = settings.load(TrainRun, folder / "config.yaml")
-    for section, name in (("model", ""), ("data", "tokenizer"), ("", "seed")):
-        old, new = (_part(c, section, name) for c in (saved, config))
-        if old != new:
-            key = ".".join(part for part in (section, name) if part)
-            changed = _changed(old, new) if not name else f"{old} to {new}"
-            raise ConfigError(f"{folder} was trained with another {key} ({changed}); resume keeps it, so leave it out")
+    _check_unchanged(settings.load(TrainRun, folder / "config.yaml"), config, folder)
     return folder
 
 
-def _part(config: TrainRun, section: str, name: str) -> Any:
-    part = getattr(config, section) if section else config
-    return getattr(part, name) if name else settings.to_dict(part)
-
-
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}: {old[key]} to {new[key]}" for key in new if old.get(key) != new[key])
+def _check_unchanged(saved: TrainRun, config: TrainRun, folder: Path) -> None:
+    """ConfigError if `config` changes what the saved weights or the order of the samples mean."""
+    vocab_size = config.model.vocab_size or saved.model.vocab_size
+    before = settings.to_dict(saved.model.resolve())
+    now = settings.to_dict(replace(config.model, vocab_size=vocab_size).resolve())
+    changed = [f"model.{key}: {before[key]} to {now[key]}" for key in now if before[key] != now[key]]
+    if saved.data.tokenizer != config.data.tokenizer:
+        changed.append(f"data.tokenizer: {saved.data.tokenizer} to {config.data.tokenizer}")
+    if saved.seed != config.seed:
+        changed.append(f"seed: {saved.seed} to {config.seed}")
+    if changed:
+        raise ConfigError(f"{folder} was trained otherwise ({', '.join(changed)}); resume keeps that, so leave it out")
 
 
 def next_run(mixer: str) -> Path:
@@ -203,7 +202,4 @@ def _restore_random_state(state: dict[str, Tensor]) -> None:
 def write_config(run: Path, config: TrainRun) -> None:
     """config.yaml: every setting of the run, replaced whole."""
     run.mkdir(parents=True, exist_ok=True)
-    temporary = run / ".config.yaml.new"
-    settings.save(config, temporary)
-    write_file_atomically(run / "config.yaml", temporary.read_bytes())
-    temporary.unlink()
+    write_file_atomically(run / "config.yaml", settings.to_yaml(config).encode("utf-8"))

@@ -82,7 +82,9 @@ def test_a_run_leaves_what_the_contract_says(run_config):
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
     model = glade.load(folder)
-    assert glade.generate(model, "The", max_new_tokens=5, seed=0) == glade.generate(model, "The", max_new_tokens=5, seed=0)
+    assert glade.generate(model, "The", max_new_tokens=5, seed=0) == glade.generate(
+        model, "The", max_new_tokens=5, seed=0
+    )
 
 
 def test_checkpoints_kept(run_config):
@@ -147,7 +149,7 @@ def test_resume_refuses_another_model_and_a_missing_run(run_config):
     with pytest.raises(CheckpointError, match="no checkpoints/last to resume from"):
         train(run_config(resume=True))
     train(run_config(train__max_steps=2))
-    with pytest.raises(ConfigError, match=r"another model \(dim: 32 to 48\)"):
+    with pytest.raises(ConfigError, match=r"trained otherwise \(model\.dim: 32 to 48"):
         train(run_config(resume=True, model__dim=48))
     with pytest.raises(ConfigError, match="--resume"):
         train(run_config())
@@ -211,7 +213,7 @@ def test_starting_from_a_checkpoint(run_config):
 
     with pytest.raises(ConfigError, match=r"another tokenizer.*--data\.tokenizer="):
         train(run_config("wrong", train__init_from=str(first.run), data__tokenizer="byte"))
-    with pytest.raises(ConfigError, match="no weight in .* starts with 'nothing'"):
+    with pytest.raises(ConfigError, match=r"no weight in .* starts with 'nothing'"):
         train(run_config("none", **parts | dict(train__init_parts=("nothing",)), data__tokenizer=tokenizer))
 
 

@@ -1,5 +1,7 @@
 """The learning rate over a budget."""
 
+from itertools import pairwise
+
 import pytest
 
 from glade.train.schedule import learning_rate_factor
@@ -16,7 +18,7 @@ def test_rises_linearly_then_never_rises(schedule):
     assert factor(0.05, schedule) == pytest.approx(0.5)
     assert factor(0.1, schedule) == pytest.approx(1.0)
     values = [factor(i / 1000, schedule) for i in range(100, 1001)]
-    assert all(b <= a + 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= a + 1e-12 for a, b in pairwise(values))
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("cosine", 0.1), ("linear", 0.1), ("wsd", 0.1), ("constant", 1.0)])
