@@ -438,6 +438,16 @@ def test_memory_of_a_window_does_not_grow_with_the_row(N) -> None:
     assert max(event.cpu_memory_usage for event in recorded.events() or []) <= max(block, 3 * q.nbytes)
 
 
+def test_documents_with_long_pasts_do_not_look_at_each_other_s() -> None:
+    """A few new tokens for each of many long histories: the scores held are one document's, not all against all."""
+    state = state_after([500] * 8, None)
+    tensors, cu_seqlens = inputs(1, 32), borders([4] * 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        attention(*tensors, state=state, cu_seqlens=cu_seqlens, return_state=False)
+    all_against_all = 4 * 32 * 8 * 504 * 4
+    assert max(event.cpu_memory_usage for event in recorded.events() or []) < all_against_all / 4
+
+
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 def test_no_tokens(backend) -> None:
     for window in (None, 3):
