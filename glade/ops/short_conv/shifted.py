@@ -5,7 +5,7 @@ a start and a length. The shifted sum ignores the borders; then the few tokens i
 document (in the backward the last W - 1), are computed again from what really stands before (after) them.
 
 On the CPU this beats a grouped `F.conv1d`, which wants the tokens last: [2048, 1024] fp32, W = 4 with SiLU, forward,
-one thread of an EPYC 9004: 3 ms against 30 ms; the taps must be laid out [W, D], or it is 8 ms.
+one thread of a Zen 4 EPYC: 3 ms against 30 ms; the taps must be laid out [W, D], or it is 8 ms.
 """
 
 from typing import NamedTuple, cast
