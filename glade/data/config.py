@@ -99,5 +99,6 @@ def summary(prepared: Prepared) -> str:
         )
     lines += [f"vocabulary {prepared.tokenizer.vocab_size:,} ({prepared.info['settings']['tokenizer']})"]
     lines += [f"note: {note}" for note in prepared.info["notes"]]
+    lines += [f"credit: {credit}" for credit in prepared.info["credits"]]
     lines += [f"in {prepared.folder}; train from it with: glade train --data.corpus={prepared.folder}"]
     return "\n".join(lines)

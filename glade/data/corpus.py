@@ -19,6 +19,10 @@ from glade.data.synthetic import stories
 from glade.errors import DataError
 
 DEFAULT_STORIES = 10_000
+# what a README, a model card or a report must say of a text that carries a condition
+_CREDITS = {
+    "shakespeare": "The works of William Shakespeare, from Open Shakespeare (Open Knowledge Foundation), CC BY 2.5",
+}
 _KINDS = (
     "'builtin', 'shakespeare', 'bible', 'stories:NUM', a file (.txt, .jsonl, .parquet, WikiText's .raw or .tokens; "
     "a .xz, .gz or .zst of one), a folder or a glob of such files, 'hf:OWNER/NAME[/CONFIG][:SPLIT]', or several "
@@ -111,6 +115,12 @@ def files(spec: str) -> list[Path]:
             raise DataError(f"corpus {spec!r}: no file matches; a corpus is {_KINDS}")
         return found
     raise DataError(f"corpus {spec!r}: no such file or folder; a corpus is {_KINDS}")
+
+
+def credits(specs: list[str]) -> list[str]:
+    """The credits that the licences of these sources ask for, as whoever publishes a model of them must give."""
+    names = {_builtin() if spec == "builtin" else spec for spec in specs}
+    return [credit for name, credit in _CREDITS.items() if name in names]
 
 
 # --- texts that come from packages, and our own ---

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from glade.data.corpus import Document, Source, parse_mixture, source_documents
+from glade.data.corpus import Document, Source, credits, parse_mixture, source_documents
 from glade.data.files import read_json, sync, write_text
 from glade.data.measure import count_words, per_token
 from glade.data.prepared import FORMAT, INDEX, TOKENIZER, Prepared, dtype_for, is_prepared
@@ -253,9 +253,12 @@ class _Job:
                 "splits": {"train": train.finish(), "heldout": heldout.finish()},
                 "files": train.files | heldout.files,
                 "notes": where.notes,
+                "credits": credits([source.spec for source, _, _ in found.sources]),
             }
             write_text(unfinished / INDEX, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
-            _move(unfinished, path)
+            # another process may have made the same folder meanwhile, and be reading it already
+            if not (is_prepared(path) and read_json(path / INDEX)["key"] == key):
+                _move(unfinished, path)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -297,8 +300,9 @@ def _encode(parts: Iterator[tuple[Fate, str]], tokenizer: Tokenizer, train: Spli
     flush()
 
 
-def _document(ids: list[int], tokenizer: Tokenizer) -> np.ndarray:
-    return np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int64)
+def _document(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """`Tokenizer.document`, for ids that are an array."""
+    return np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]], dtype=np.int32)
 
 
 def _move(unfinished: Path, path: Path) -> None:
@@ -307,7 +311,12 @@ def _move(unfinished: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
         path.rename(old)
-    unfinished.rename(path)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     _sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 

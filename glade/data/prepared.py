@@ -75,7 +75,10 @@ class Prepared:
         train, heldout = (
             TokenStore.open(folder, info["splits"][split]["shards"], info["dtype"]) for split in ("train", "heldout")
         )
-        return cls(folder, Tokenizer.load(folder / TOKENIZER), train, heldout, info)
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+        if tokenizer.vocab_size != info["vocab_size"]:
+            raise _damaged(folder / TOKENIZER, f"{tokenizer.vocab_size} entries, not {info['vocab_size']}")
+        return cls(folder, tokenizer, train, heldout, info)
 
     def verify(self) -> None:
         """Reads every file and compares it with the hash taken when it was written.

@@ -176,6 +176,7 @@ def test_shakespeare() -> None:
     assert texts("builtin") == [d.text for d in documents]
     for d in documents:
         assert "by William Shakespeare" not in d.text and "THE END" not in d.text and not d.name.endswith("_f")
+    assert "CC BY 2.5" in corpus_module.credits(["builtin"])[0] and not corpus_module.credits(["stories"])
     sonnets = next(d.text for d in documents if d.name == "sonnets")
     assert sonnets.startswith("THE SONNETS\n\nI\n\nFrom fairest creatures we desire increase,")
 

@@ -48,7 +48,7 @@ def check_form(batch: Batch, store: TokenStore, context: int, size: int) -> None
 LENGTHS = st.lists(st.integers(2, 70), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(lengths=LENGTHS, context=st.integers(1, 16), rows=st.integers(1, 5), seed=st.integers(0, 3))
 def test_every_pair_once_an_epoch(
     make_store: MakeStore, lengths: list[int], context: int, rows: int, seed: int

@@ -1,6 +1,7 @@
 """Prepared folders: the split, what is written, doing nothing twice, crashes, damage, and mixtures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,23 @@ def test_a_failure_leaves_nothing_and_harms_nothing(tmp_path: Path, monkeypatch:
     assert content == {f.name: f.read_bytes() for f in (tmp_path / "p").iterdir() if f.is_file()}
 
 
+def test_the_old_folder_comes_back_if_the_new_cannot_be_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = prepare("stories:30", tmp_path / "p").info
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(DataError, match="Permission denied"):
+        prepare("stories:31", tmp_path / "p", overwrite=True)
+    assert Prepared.open(tmp_path / "p").info == before and [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
 def test_a_corpus_that_changes_between_readings_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_documents(tmp_path / "a.jsonl", list(stories(5)))
     planned = prepare_module.plan
@@ -189,6 +207,10 @@ def test_damage_is_found(tmp_path: Path) -> None:
     assert "not what was written" in broken("heldout-00000.bin", b"\x01\0")
     assert "not valid JSON" in broken("prepared.json", b"cut")
     assert "no such file" in broken("tokenizer/tokenizer.json", None)
+    shutil.copytree(prepare("stories:30", tmp_path / "whole").folder, tmp_path / "swapped")
+    Tokenizer.build("byte").save(tmp_path / "swapped" / "tokenizer")
+    with pytest.raises(DataError, match="tokenizer: 257 entries, not"):
+        Prepared.open(tmp_path / "swapped")
     with pytest.raises(DataError, match="glade prepare"):
         Prepared.open(tmp_path)
     (tmp_path / "prepared.json").write_text('{"format": 99}')
