@@ -4,7 +4,6 @@ A per-mixer option takes one value for all layers that have it, or a mapping fro
 needs two (`num_heads={"gdn2": 16, "swa": 18}`), or None: as published for that mixer (`glade.model.published`).
 `resolve()` writes every None out, so that a checkpoint does not depend on this version's defaults.
 """
-# ruff: noqa: RUF009 (`setting` is `dataclasses.field`, which ruff knows only by that name)
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
