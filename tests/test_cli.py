@@ -1,5 +1,5 @@
 """The program's grammar, help, and what each kind of failure becomes; what the verbs do is tested beside them."""
-# ruff: noqa: RUF009 (`setting` is `dataclasses.field`, which ruff knows only by that name)
+
 
 import errno
 import os

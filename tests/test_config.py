@@ -1,5 +1,5 @@
 """Settings: what a typed value becomes, what wins, what is refused and how, and that files read back equal."""
-# ruff: noqa: RUF009 (`setting` is `dataclasses.field`, which ruff knows only by that name)
+
 
 from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path

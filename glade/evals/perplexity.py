@@ -68,7 +68,7 @@ def perplexity(
     tokens = num_bytes = words = 0
     for batch in batches:
         with precision or nullcontext():
-            logits, _ = model(batch.ids.to(device), cu_seqlens=batch.cu_seqlens.to(device))
+            logits, _ = model(batch.ids.to(device), cu_seqlens=batch.cu_seqlens.to(device), return_state=False)
         losses, hits = _score(logits, batch.targets.to(device))
         nats += losses
         correct += hits

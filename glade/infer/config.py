@@ -2,7 +2,7 @@
 
 Imports no torch, so that `glade generate --help` and a mistyped key answer at once.
 """
-# ruff: noqa: RUF009 (`setting` is `dataclasses.field`, which ruff knows only by that name)
+
 
 from dataclasses import dataclass
 from pathlib import Path

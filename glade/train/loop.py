@@ -148,7 +148,7 @@ class Trainer:
         load_balance = None
         for part in range(s.accumulate):
             with self.precision():
-                losses, state = self.forward(**self.inputs(step, part))
+                losses, state = self.forward(**self.inputs(step, part), return_state=False)
             objective = part_loss = next_token_loss(losses, s.batch_tokens)
             extra = getattr(state, "load_balance", None)
             if extra is not None:
@@ -205,7 +205,7 @@ def first_non_finite(
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         with precision():
-            model(**inputs)
+            model(**inputs, return_state=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -208,6 +208,7 @@ class _Pretraining:
             "torch_version": torch.__version__,
             "seed": self.config.seed,
             "corpus": self.config.data.corpus,
+            "credit": "\n".join(self.data.info["credits"]),
             "context": self.config.data.context,
             "train": asdict(self.config.train),
             "step": self.progress.step,
