@@ -8,8 +8,8 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, get_origin, get_type_hints
@@ -29,6 +29,10 @@ class Verb:
     help: str  # one line
     positional: tuple[str, ...] = ()  # keys that arguments without -- set, in order; a list takes all that are left
     recipe: bool = False  # the argument without -- names a recipe
+    # key -> `module:name` of a function of the overrides, called when the key is among them: the config that they
+    # are applied to, or None
+    bases: Mapping[str, str] = field(default_factory=dict)
+    base: str = ""  # `module:name` of a function of the overrides that may give the config they are applied to
     output: str | None = None  # the key that says where it writes
     examples: tuple[str, ...] = ()
 
@@ -47,12 +51,15 @@ VERBS = {
         config="glade.train.config:TrainRun",
         help="train a model; with nothing else, a small one on the built-in corpus",
         recipe=True,
+        bases={"resume": "glade.train.start:resumed", "train.init_from": "glade.train.start:initialised"},
         output="run",
         examples=(
             "glade train",
             "glade train --model.mixer=kla --train.max_minutes=4 --run=runs/kla",
             "glade train gdn_1_3b --data.corpus=books/ --data.tokenizer=mistral",
             "glade train runs/kla/config.yaml --seed=2 --run=runs/kla2",
+            "glade train --run=runs/kla --resume --train.max_minutes=8",
+            "glade train --train.init_from=runs/kla --data.corpus=letters.txt --train.max_steps=200",
         ),
     ),
     "generate": Verb(
@@ -170,7 +177,13 @@ def read_config(verb: Verb, words: Sequence[str]) -> Any:
         if key in overrides:
             raise ConfigError(f"{key} is given twice, as {value!r} and as --{key}; give it once")
         overrides[key] = value
-    return load(cls, files[0] if files else None, overrides, base=base)
+    return load(cls, files[0] if files else None, overrides, base=_base(verb, overrides) or base)
+
+
+def _base(verb: Verb, overrides: Mapping[str, Any]) -> Any:
+    """The config that the first of the verb's `bases` with a key among the overrides gives."""
+    found = (_resolve(function)(overrides) for key, function in verb.bases.items() if key in overrides)
+    return next((config for config in found if config is not None), None)
 
 
 def _sort(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:

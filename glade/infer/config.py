@@ -3,7 +3,6 @@
 Imports no torch, so that `glade generate --help` and a mistyped key answer at once.
 """
 
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

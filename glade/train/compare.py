@@ -1,6 +1,5 @@
 """`glade compare RUN...`: several runs in one table and one plot, from what they left in their folders."""
 
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

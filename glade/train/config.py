@@ -1,6 +1,5 @@
 """What a training run can be told. Imports no torch, so that `glade train --help` answers at once."""
 
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -42,21 +42,6 @@ class Progress:
     best_step: int = 0
 
 
-def resumed_config(overrides: Mapping[str, Any]) -> TrainRun | None:
-    """The saved config that `--resume` starts from, to which this command's settings are then applied.
-
-    None unless `resume` is among the overrides. Raises CheckpointError where there is nothing to resume.
-    """
-    if "resume" not in overrides or str(overrides["resume"]).lower() == "false":
-        return None
-    named = overrides.get("run")
-    folder = Path(str(named)) if named is not None else _newest_run()
-    if not (folder / "checkpoints" / "last").is_dir():
-        raise CheckpointError(f"{folder} has no checkpoints/last to resume from; start it without --resume")
-    saved = settings.load(TrainRun, folder / "config.yaml")
-    return settings.replace(saved, {"run": str(folder)})
-
-
 def open_run(config: TrainRun) -> Path:
     """The run's folder: a new one, or with `resume` the existing one. Nothing is written yet.
 
@@ -98,7 +83,7 @@ def next_run(mixer: str) -> Path:
     return RUNS / f"{mixer}-{number:03d}"
 
 
-def _newest_run() -> Path:
+def newest_run() -> Path:
     links = [path for path in RUNS.glob("*/checkpoints/last") if path.is_dir()]
     if not links:
         raise CheckpointError("there is no run to resume in runs/; name one with --run=FOLDER")

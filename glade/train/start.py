@@ -13,20 +13,35 @@ from glade.interop.load import find_checkpoint
 from glade.model.checkpoint import load_weights, read_checkpoint
 from glade.model.lm import LanguageModel
 from glade.train.config import TrainRun
-from glade.train.resume import resumed_config
+from glade.train.resume import newest_run
 
 
-def starting_config(overrides: Mapping[str, Any]) -> TrainRun | None:
-    """What this command's settings are applied to: the saved config with `--resume`; with `--train.init_from` of a
-    whole checkpoint, its model and its tokenizer; else nothing in particular.
+def resumed(overrides: Mapping[str, Any]) -> TrainRun | None:
+    """With `--resume`, the saved config of the run, to which this command's other settings are applied.
+
+    Raises:
+        CheckpointError: there is nothing to resume.
     """
-    resumed = resumed_config(overrides)
-    if resumed is not None or "train.init_from" not in overrides or "train.init_parts" in overrides:
-        return resumed
+    if str(overrides["resume"]).lower() == "false":
+        return None
+    named = overrides.get("run")
+    folder = newest_run() if named is None else Path(str(named))
+    if not (folder / "checkpoints" / "last").is_dir():
+        raise CheckpointError(f"{folder} has no checkpoints/last to resume from; start it without --resume")
+    return settings.replace(settings.load(TrainRun, folder / "config.yaml"), {"run": str(folder)})
+
+
+def initialised(overrides: Mapping[str, Any]) -> TrainRun | None:
+    """With `--train.init_from` of a whole checkpoint, its model and its tokenizer, to which settings are applied.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    if "train.init_parts" in overrides:
+        return None
     folder = find_checkpoint(str(overrides["train.init_from"]))
     model, _ = read_checkpoint(folder)
-    base = settings.replace(TrainRun(), {"data.tokenizer": str(folder / "tokenizer.json")})
-    return settings.replace(base, {"model": model})
+    return settings.replace(TrainRun(), {"model": model, "data.tokenizer": str(folder / "tokenizer.json")})
 
 
 def starting_model(config: TrainRun, run: Path, tokenizer: Tokenizer) -> tuple[LanguageModel, str]:

@@ -154,7 +154,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     dg = None
     if x.a is not None and intra.total is not None:
         per_token = x.q * dq - x.k * dk
-        if de is not None:
+        if de is not None and x.e is not None:
             per_token.addcmul_(x.e, de)
         carried = (intra.total * states * dS_after).sum(-1).unsqueeze(2)
         dg = _gate_gradient(per_token, intra.Kt * dKt, carried, scalar=x.a.shape[-1] == 1)
