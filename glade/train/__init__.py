@@ -8,12 +8,13 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from glade.data.config import DataConfig
 from glade.train.config import TrainRun, TrainSettings
 
 if TYPE_CHECKING:
     from glade.train.pretrain import Results
 
-__all__ = ["TrainRun", "TrainSettings"]
+__all__ = ["DataConfig", "TrainRun", "TrainSettings"]
 
 
 class _CallableModule(ModuleType):

@@ -78,6 +78,21 @@ def test_dtypes(backend, dtype, corner):
     assert not failures(found, dtype), found
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_autocast_does_not_round_the_arithmetic(backend):
+    inputs = make_inputs(CORNERS["gdn2"], Shape(T=70))
+    expected = run_with_gradients(inputs, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run_with_gradients(inputs, backend)
+        given = {n: x[:, 0] for n, x in inputs.items() if n != "state"}
+        q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
+        o = linear_attention_step_(q, k, v, **given, state=inputs["state"].clone(), backend=backend)
+    # the reference is plain autograd, whose backward follows the autocast it is called under
+    names = ("o", "state") if backend == "reference" else tuple(expected)
+    torch.testing.assert_close([found[n] for n in names], [expected[n] for n in names])
+    torch.testing.assert_close(o, expected["o"][:, 0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nearly_equal_keys_without_decay(backend):
     """The worst case for the inverse: T is close to all ones below the diagonal."""

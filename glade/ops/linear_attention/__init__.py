@@ -104,7 +104,7 @@ def linear_attention_step_(
         g, erase, write = (x if x is None else x.squeeze(1) for x in (g, erase, write))
     check_step(q, k, v, g, erase, write, state, slots)
     chosen = backend_for(backend, v.device, v.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         o = chosen.step_(q, k, v, g, erase, write, _scale(scale, q), state, slots)
     return o.unsqueeze(1) if lengthened else o
 

@@ -66,13 +66,14 @@ def run(
             outputs.append(o)
         return outputs, S
 
-    if cu_seqlens is None:
-        outputs, final = over(0, T, initial)
-    else:
-        borders = document_borders(cu_seqlens, T)
-        documents = [over(borders[i], borders[i + 1], initial[i : i + 1]) for i in range(rows)]
-        outputs = [o for document, _ in documents for o in document]
-        final = torch.cat([S for _, S in documents]) if documents else initial
+    with torch.autocast(v.device.type, enabled=False):
+        if cu_seqlens is None:
+            outputs, final = over(0, T, initial)
+        else:
+            borders = document_borders(cu_seqlens, T)
+            documents = [over(borders[i], borders[i + 1], initial[i : i + 1]) for i in range(rows)]
+            outputs = [o for document, _ in documents for o in document]
+            final = torch.cat([S for _, S in documents]) if documents else initial
     o = torch.stack(outputs, dim=1) if outputs else wide_v.new_zeros(B, 0, HV, V)
     return o.to(v.dtype), final.clone() if final is initial else final
 

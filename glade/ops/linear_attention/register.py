@@ -19,6 +19,11 @@ from glade.ops.linear_attention.contract import state_dtype
 Run = Callable[..., tuple[Tensor, Tensor]]
 
 
+def _exactly(x: Tensor) -> torch.autocast:
+    """The body of a custom op sees its caller's autocast, which would round the fp32 arithmetic within to bf16."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def register(
     name: str,
     forward: Callable[..., list[Tensor]],
@@ -39,7 +44,8 @@ def register(
         cu_seqlens: Tensor | None,
         keep: bool,
     ) -> list[Tensor]:
-        return forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep)
+        with _exactly(v):
+            return forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep)
 
     def backward_op(
         do: Tensor,
@@ -55,7 +61,8 @@ def register(
         cu_seqlens: Tensor | None,
         kept: Sequence[Tensor],
     ) -> list[Tensor]:
-        return backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, list(kept))
+        with _exactly(v):
+            return backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, list(kept))
 
     op = torch.library.custom_op(f"glade::linear_attention_{name}", forward_op, mutates_args=())
     d_op = torch.library.custom_op(f"glade::linear_attention_{name}_backward", backward_op, mutates_args=())
