@@ -1,6 +1,5 @@
 """The program's grammar, help, and what each kind of failure becomes; what the verbs do is tested beside them."""
 
-
 import errno
 import os
 import re

@@ -1,6 +1,5 @@
 """Settings: what a typed value becomes, what wins, what is refused and how, and that files read back equal."""
 
-
 from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
 from typing import Literal

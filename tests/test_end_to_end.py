@@ -33,7 +33,9 @@ def place(tmp_path_factory):
     """A folder with a trained run in runs/first and a little text file; its own cache."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "notes.txt").write_text("The sea was calm. The boat was small. " * 60, encoding="utf-8")
-    glade("train", *TINY, "--data.corpus=stories:40", "--run=runs/first", f"--data.cache={folder / 'cache'}", cwd=folder)
+    glade(
+        "train", *TINY, "--data.corpus=stories:40", "--run=runs/first", f"--data.cache={folder / 'cache'}", cwd=folder
+    )
     return folder
 
 
@@ -55,7 +57,13 @@ def test_text_to_talk(place):
     assert "held-out loss" in out and "runs/notes/checkpoints/best" in out and "curves.png" in out
 
     assert "first" in glade("compare", "runs/first", cwd=place).stdout
-    tuned = ["train", "--train.init_from=runs/first", "--data.corpus=notes.txt", "--run=runs/tuned", "--data.context=32"]
+    tuned = [
+        "train",
+        "--train.init_from=runs/first",
+        "--data.corpus=notes.txt",
+        "--run=runs/tuned",
+        "--data.context=32",
+    ]
     assert "runs/tuned" in glade(*tuned, "--train.batch_tokens=256", "--train.max_steps=2", cwd=place).stdout
     resumed = glade("train", "--run=runs/first", "--resume", "--train.max_steps=8", cwd=place)
     assert "resumed at step 6" in resumed.stderr and "8 steps" in resumed.stdout

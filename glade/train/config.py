@@ -25,7 +25,7 @@ class TrainSettings:
         None, f"minutes of training; beside max_steps or max_tokens only a limit; none of the three: {DEFAULT_MINUTES}"
     )
     stop_after: int | None = setting(None, "save and stop at this step; the schedule does not notice")
-    batch_tokens: int = setting(4096, "tokens of one optimiser step")
+    batch_tokens: int = setting(2048, "tokens of one optimiser step")
     accumulate: int = setting(1, "forward passes that a step is split into; more need less memory")
     lr: float | None = setting(None, "peak learning rate; none: 0.004 at model.dim 128, falling as 1 / sqrt(dim)")
     min_lr: float = setting(0.1, "learning rate at the end, as a share of the peak")
@@ -44,7 +44,7 @@ class TrainSettings:
     )
     compile: bool = setting(False, "torch.compile the model: faster steps, a minute or more before the first")
     eval_every: int = setting(250, "steps between evaluations on the held-out text; 0: only at the end")
-    eval_tokens: int | None = setting(100_000, "held-out tokens of an evaluation along the way; the last uses all")
+    eval_tokens: int | None = setting(40_000, "held-out tokens of an evaluation along the way; the last uses all")
     save_every: int = setting(0, "steps between checkpoints; 0: with every evaluation")
     keep: int = setting(1, "newest checkpoints kept besides best and last")
     log_every: int = setting(10, "steps between rows of metrics.jsonl")
