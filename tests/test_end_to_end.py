@@ -1,4 +1,4 @@
-"""The program as a new user meets it: the walk from text to talk, and one readable message for everything that can go wrong."""
+"""The program as a new user meets it: from text to talk, and one readable message for all that can go wrong."""
 
 import json
 import subprocess
