@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import groupby
 from typing import Any, get_origin, get_type_hints
 
 from glade import __version__
@@ -253,6 +254,7 @@ def _verb_help(name: str, words: list[str]) -> str:
     plain += ["[RECIPE]"] if verb.recipe else []
     lines = [f"usage: glade {name} {' '.join([*plain, '[FILE.yaml]', '[--key=value ...]'])}", "", verb.help, ""]
     lines += ["examples:", *(f"  {example}" for example in verb.examples)]
+    lines += _recipes_help() if verb.recipe else []
     # keys without a section first, whatever their place in the config
     for section in dict.fromkeys(["", *(key.section for key in keys)]):
         lines += ["", f"{section or 'keys'}:"]
@@ -260,6 +262,15 @@ def _verb_help(name: str, words: list[str]) -> str:
     lines += ["", "A yaml file holds the same keys, nested. A later one wins: default, recipe, file, --key=value."]
     lines += ["--key alone means true; none is None; lists are a,b or [a, b]."]
     return "\n".join(lines)
+
+
+def _recipes_help() -> list[str]:
+    """The recipes, those of one kind together, and what they are."""
+    recipes = import_module("glade.recipes")
+    lines = ["", "recipes (one that is named sets the defaults below):"]
+    for summary, names in groupby(recipes.RECIPES, recipes.summary):
+        lines += [f"  {' '.join(names)}", f"      {summary}"]
+    return lines
 
 
 def _key_help(key: Key) -> list[str]:

@@ -227,6 +227,7 @@ def chargpt_gqa(num_kv_heads: int = 2) -> ModelConfig:
 
 
 def chargpt_rope_gqa() -> ModelConfig:
+    """`chargpt` with both."""
     return replace(chargpt_rope(), num_kv_heads=2)
 
 

@@ -107,3 +107,8 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 def test_recipes_do_not_import_torch() -> None:
     code = "import sys, glade.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", glade.recipes.RECIPES)
+def test_every_recipe_says_what_it_is(name: str) -> None:
+    assert len(glade.recipes.summary(name)) > 10
