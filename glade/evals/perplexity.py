@@ -20,7 +20,7 @@ from glade.data.loader import Batch
 from glade.model.lm import LanguageModel
 
 # a batch's logits [tokens, vocab] are whole in memory here (for the accuracy); batches are cut to stay below this
-LOGITS_LIMIT = 2**26
+LOGITS_LIMIT = 2**23
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ def perplexity(
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss in fp64 nats and the number of first choices, over the targets that are not negative."""
     scored = targets >= 0
-    logits, targets = logits[scored].float(), targets[scored]
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    logits, targets = (logits, targets) if bool(scored.all()) else (logits[scored], targets[scored])
+    logits = logits.float()
+    losses = logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]
     return losses.double().sum(), (logits.argmax(-1) == targets).sum()
 
 
