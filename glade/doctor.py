@@ -99,7 +99,7 @@ def _memory_bytes() -> int:
 def _print(
     about: dict[str, Any], rows: list[parity.Parity], missing: dict[str, str], device: torch.device, dtype: torch.dtype
 ) -> None:
-    console = Console(width=110 if not sys.stdout.isatty() else None, highlight=False)
+    console = Console(width=110 if not sys.stdout.isatty() else None, highlight=False, emoji=False, markup=False)
     for name, value in about.items():
         console.print(f"{name:18} {value}", markup=False)
     limit = TOLERANCES[dtype]

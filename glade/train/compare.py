@@ -113,4 +113,4 @@ def _print(table: list[Row]) -> None:
         shown.add_column(name, justify="left" if name in ("run", "mixer") else "right", no_wrap=True)
     for row in table:
         shown.add_row(*(cell(row) for cell in columns.values()))
-    Console(width=160, highlight=False).print(shown)
+    Console(width=160, highlight=False, emoji=False, markup=False).print(shown)

@@ -55,7 +55,7 @@ class Log:
             write_file_atomically(run / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
         self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         self._trackers = [t for t in (_wandb(wandb, run, config), _tensorboard(tensorboard, run)) if t is not None]
-        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
         self._bar = _bar(self._console) if self._console.is_terminal and not quiet else None
         self._task = self._bar.add_task("", total=1.0) if self._bar else None
         self._last_line = 0.0

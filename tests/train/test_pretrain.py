@@ -87,6 +87,11 @@ def test_a_run_leaves_what_the_contract_says(run_config):
     )
 
 
+def test_what_is_said_is_said_to_the_letter(run_config, capsys):
+    train(run_config(data__corpus="stories:100", train__max_steps=1, train__sample_tokens=0))
+    assert "text stories:100:" in capsys.readouterr().err
+
+
 def test_checkpoints_kept(run_config):
     results = train(run_config(train__save_every=1, train__eval_every=5, train__keep=2))
     steps = sorted(p.name for p in (results.run / "checkpoints").iterdir() if not p.is_symlink())
