@@ -100,7 +100,7 @@ class ModelConfig:
 
     # softmax and swa
     window: Ints = setting(None, "tokens a swa token sees, itself included; none: 2048")
-    rope: Bools = setting(None, "rotary positions; none: yes without learned_positions")
+    rope: Bools = setting(None, "rotary positions (softmax swa linear retnet); none: yes without learned_positions")
     rope_theta: Floats = setting(None, "base of the rotary angles; none: 10000")
     rope_fraction: Floats = setting(None, "share of a head's channels that rotate; none: 1")
     qk_norm: Bools = setting(None, "RMSNorm with a weight on each head's q and k; none: no")
@@ -297,6 +297,10 @@ def _check_attention(mixer: str, options: AttentionOptions) -> None:
             f"{mixer}: num_heads {options.num_heads} is not a multiple of num_kv_heads {options.num_kv_heads}; "
             "each key head serves the same number of query heads"
         )
+    _check_rope(mixer, options)
+
+
+def _check_rope(mixer: str, options: AttentionOptions | LinearOptions) -> None:
     rotated = options.head_dim * options.rope_fraction
     if options.rope and (not 0 < options.rope_fraction <= 1 or rotated != int(rotated) or int(rotated) % 2):
         raise ConfigError(
@@ -313,6 +317,7 @@ def _check_linear(mixer: str, options: LinearOptions) -> None:
             f"{mixer}: num_v_heads {options.num_v_heads} is not a multiple of num_heads {options.num_heads}; "
             "each key head serves the same number of value heads"
         )
+    _check_rope(mixer, options)
     for name in ("output_gate_rank", "gate_rank"):
         _check(f"{mixer}: {name}", getattr(options, name), lambda value: value >= 0, "may not be negative")
     _check(f"{mixer}: conv_size", options.conv_size, lambda value: 0 <= value <= 8, "must be in 0..8")

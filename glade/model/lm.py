@@ -20,7 +20,7 @@ from glade.model.init import initialise
 from glade.model.norm import make_norm
 from glade.model.state import State
 from glade.ops import linear_cross_entropy
-from glade.ops.packing import check_cu_seqlens, document_borders, document_ids, document_positions
+from glade.ops.packing import check_cu_seqlens, document_borders, token_positions, tokens_seen
 
 
 class LanguageModel(nn.Module):
@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
                 fit. On a GPU in training the values of ids are left to torch's own device assertion, since reading
                 them back would stall the device at every step.
         """
-        rows = self._check_inputs(ids, state, cu_seqlens, targets, logits)
+        self._check_inputs(ids, state, cu_seqlens, targets, logits)
         x = self.embed(ids)
         if self.positions is not None:
             x = x + self.positions(self._token_positions(ids, state, cu_seqlens))
@@ -96,7 +96,8 @@ class LanguageModel(nn.Module):
                 layers.append(layer)
             if load_balance is not None:
                 load_balances.append(load_balance)
-        after = State(tuple(layers), self._advanced(state, ids, cu_seqlens, rows), self._weigh(load_balances))
+        position = tokens_seen(ids, None if state is None else state.position, cu_seqlens)
+        after = State(tuple(layers), position, self._weigh(load_balances))
         if targets is not None:
             return linear_cross_entropy(self.final_norm(x), self._head(), targets, bias=self._padding_bias()), after
         if logits == "last":
@@ -217,25 +218,12 @@ class LanguageModel(nn.Module):
 
     def _token_positions(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:
         """[T] or [B, T]: how many tokens of its own sequence stand before each token."""
-        T = ids.shape[1]
-        if cu_seqlens is None:
-            positions = torch.arange(T, device=ids.device)
-            positions = positions if state is None else state.position[:, None] + positions
-        else:
-            positions = document_positions(cu_seqlens, T)
-            if state is not None:
-                positions = positions + state.position[document_ids(cu_seqlens, T)]
+        positions = token_positions(ids.shape[1], ids.device, None if state is None else state.position, cu_seqlens)
         if state is None and cu_seqlens is None:
-            self._refuse_positions(T - 1)  # known without looking at a tensor
+            self._refuse_positions(ids.shape[1] - 1)  # known without looking at a tensor
         else:
             self._check_positions(positions)
         return positions
-
-    def _advanced(self, state: State | None, ids: Tensor, cu_seqlens: Tensor | None, rows: int) -> Tensor:
-        """[rows] int64: tokens seen by each row after this call."""
-        lengths: Tensor | int = ids.shape[1] if cu_seqlens is None else cu_seqlens.diff().to(torch.int64)
-        start = torch.zeros(rows, dtype=torch.int64, device=ids.device) if state is None else state.position
-        return start + lengths
 
     def _weigh(self, load_balances: list[Tensor]) -> Tensor | None:
         if not load_balances:
@@ -244,8 +232,7 @@ class LanguageModel(nn.Module):
 
     def _check_inputs(
         self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None, targets: Tensor | None, logits: str
-    ) -> int:
-        """The number of rows of the state, after the checks of what was given."""
+    ) -> None:
         if ids.dim() != 2:
             raise ValueError(f"ids has shape {list(ids.shape)}; give [B, T]")
         if logits not in ("all", "last"):
@@ -265,7 +252,6 @@ class LanguageModel(nn.Module):
             )
         if logits == "last":
             self._check_last(ids, cu_seqlens)
-        return rows
 
     def _check_last(self, ids: Tensor, cu_seqlens: Tensor | None) -> None:
         borders = [0, ids.shape[1]] if cu_seqlens is None else document_borders(cu_seqlens, ids.shape[1])

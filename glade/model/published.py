@@ -65,6 +65,9 @@ class LinearOptions:
     output_gate: OutputGate
     output_gate_rank: int
     output_gate_bias: bool
+    rope: bool = False
+    rope_theta: float = 10000.0
+    rope_fraction: float = 1.0
     gate_rank: int = 0
     gate_form: GateForm = "logsigmoid"
     gate_normalizer: float = 1.0
@@ -105,17 +108,24 @@ def _same_as(name: str) -> Derived:
 
 _HEADS = {"num_heads": 4, "head_dim": _head_dim, "head_dim_v": _same_as("head_dim"), "scale": None}
 
-_ATTENTION = _HEADS | {
-    "num_kv_heads": _same_as("num_heads"),
+_ROPE = {
     "rope": lambda config, options: config.learned_positions == 0,
     "rope_theta": 10000.0,
     "rope_fraction": 1.0,
-    "qk_norm": False,
-    "qk_norm_eps": lambda config, options: config.norm_eps,
-    "attention_gate": False,
-    "qkv_bias": False,
-    "out_bias": False,
 }
+
+_ATTENTION = (
+    _HEADS
+    | _ROPE
+    | {
+        "num_kv_heads": _same_as("num_heads"),
+        "qk_norm": False,
+        "qk_norm_eps": lambda config, options: config.norm_eps,
+        "attention_gate": False,
+        "qkv_bias": False,
+        "out_bias": False,
+    }
+)
 
 _LINEAR = _HEADS | {
     "num_v_heads": _same_as("num_heads"),
@@ -150,8 +160,9 @@ _GDN2 = _DELTA | _LOW_RANK_GATE | _UNBOUNDED | {"output_gate": "silu", **_LOW_RA
 PUBLISHED: dict[str, dict[str, Any]] = {
     "softmax": _ATTENTION,
     "swa": _ATTENTION | {"window": 2048},
-    "linear": _LINEAR | {"feature_map": "elu1"},
-    "retnet": _LINEAR | {"output_gate": "silu"},
+    # a plain sum over the past does not know the order of what it sums, so these two are told positions
+    "linear": _LINEAR | _ROPE | {"feature_map": "elu1"},
+    "retnet": _LINEAR | _ROPE | {"output_gate": "silu"},
     "gla": _LINEAR | {"gate_form": "logsigmoid", "gate_rank": 16, "gate_normalizer": 16.0} | {"output_gate": "silu"},
     "delta": _DELTA,
     "gdn": _DELTA | _UNBOUNDED | {"output_gate": "silu"},

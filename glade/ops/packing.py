@@ -51,3 +51,24 @@ def document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[T] int64: how many tokens of its own document stand before each token."""
     starts = cu_seqlens.to(torch.int64)[document_ids(cu_seqlens, num_tokens)]
     return torch.arange(num_tokens, device=starts.device) - starts
+
+
+def token_positions(num_tokens: int, device: torch.device, seen: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """[T] or [B, T] int64: how many tokens of its own sequence stand before each token.
+
+    `seen` is what each row (each document) had read before, [B] or [N]; None is nothing.
+    """
+    if cu_seqlens is None:
+        positions = torch.arange(num_tokens, device=device)
+        return positions if seen is None else seen[:, None] + positions
+    positions = document_positions(cu_seqlens, num_tokens)
+    return positions if seen is None else positions + seen[document_ids(cu_seqlens, num_tokens)]
+
+
+def tokens_seen(x: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """[B] or [N] int64: what each row has read after the tokens of x [B, T, ...]."""
+    if cu_seqlens is None:
+        read = torch.full(x.shape[:1], x.shape[1], dtype=torch.int64, device=x.device)
+    else:
+        read = cu_seqlens.diff().to(torch.int64)
+    return read if seen is None else seen + read

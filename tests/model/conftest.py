@@ -34,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gla gva conv": {"mixer": "gla", **_GVA, "conv_size": 4, "activation": "silu", "feature_map": "relu"},
     "gla temperature": {"mixer": "gla", **_HEADS, "gate_form": "sigmoid_temperature", "gate_rank": 3},
     "linear l2": {"mixer": "linear", **_GVA, "qk_l2norm": True, "conv_size": 3, "output_norm": "layernorm"},
+    "linear nope": {"mixer": "linear", **_HEADS, "rope": False},
+    "retnet nope": {"mixer": "retnet", **_HEADS, "rope": False},
     "delta gva": {"mixer": "delta", **_GVA, "allow_neg_eigval": True},
     "delta no conv": {"mixer": "delta", **_HEADS, "conv_size": 0},
     "delta kaczmarz": {"mixer": "delta", **_GVA, "kaczmarz": True, "qk_l2norm": False},

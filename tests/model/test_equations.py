@@ -12,7 +12,8 @@ from glade.model.mixers.linear import Linear
 from glade.model.published import LinearOptions
 
 LINEAR_CASES = [
-    "linear", "linear l2", "retnet", "gla", "gla gva conv", "gla temperature", "delta", "delta gva", "delta no conv",
+    "linear", "linear l2", "linear nope", "retnet", "retnet nope", "gla",
+    "gla gva conv", "gla temperature", "delta", "delta gva", "delta no conv",
     "delta kaczmarz", "gdn", "gdn gva", "gdn kaczmarz", "kda", "kda gva bounded", "gdn2", "gdn2 gva", "kla",
     "kla gva clip",
 ]  # fmt: skip
@@ -31,6 +32,8 @@ def published(mixer: Linear, x: Tensor, name: str) -> Tensor:
     o, w = mixer.options, dict(mixer.named_parameters())
     q = unit(o, feature_map(o, stream(o, x, w, "q")))
     k = unit(o, feature_map(o, stream(o, x, w, "k")))
+    if o.rope:
+        q, k = turned(q), turned(k)
     v = stream(o, x, w, "v")
     B, T, group = x.shape[0], x.shape[1], o.num_v_heads // o.num_heads
     y = torch.empty(B, T, o.num_v_heads, o.head_dim_v, dtype=x.dtype)
@@ -52,6 +55,18 @@ def published(mixer: Linear, x: Tensor, name: str) -> Tensor:
         z = low_rank(x, w, "output_gate_proj", o.output_gate_rank)
         y = y * (z * torch.sigmoid(z) if o.output_gate == "silu" else torch.sigmoid(z))
     return y @ w["o_proj.weight"].T
+
+
+def turned(x: Tensor) -> Tensor:
+    """x [B, T, H, K]: at position t, channels i and i + K/2 are turned by t * 10000^(-2i/K)."""
+    y, half = x.clone(), x.shape[-1] // 2
+    for t in range(x.shape[1]):
+        for i in range(half):
+            angle = torch.tensor(t * 10000.0 ** (-i / half), dtype=x.dtype)
+            a, b = x[:, t, :, i], x[:, t, :, i + half]
+            y[:, t, :, i] = a * angle.cos() - b * angle.sin()
+            y[:, t, :, i + half] = b * angle.cos() + a * angle.sin()
+    return y
 
 
 def gates(

@@ -16,7 +16,7 @@ from glade.model.norm import RMSNorm
 from glade.model.published import AttentionOptions
 from glade.ops import AttentionState, attention, rope
 from glade.ops.attention import attention_step_, empty_state, reserve
-from glade.ops.packing import document_ids, document_positions
+from glade.ops.packing import token_positions
 
 # Tokens that a growing state has room for at first; it doubles from there.
 MIN_CAPACITY = 64
@@ -47,7 +47,8 @@ class Attention(Mixer):
     ) -> tuple[Tensor, AttentionState | None]:
         q, k, v = self._heads(x)
         if self.options.rope:
-            positions = _positions(x.shape[1], x.device, state, cu_seqlens)
+            seen = None if state is None else state.length
+            positions = token_positions(x.shape[1], x.device, seen, cu_seqlens)
             q, k = self._rotate(q, positions), self._rotate(k, positions)
         o, after = attention(
             q,
@@ -129,12 +130,3 @@ class Attention(Mixer):
         kept = o.window or T
         per_token = o.num_kv_heads * (o.head_dim + o.head_dim_v) * self.o_proj.weight.element_size()
         return kept * per_token + tensor_bytes((torch.empty(1, dtype=torch.int64),))
-
-
-def _positions(T: int, device: torch.device, state: AttentionState | None, cu_seqlens: Tensor | None) -> Tensor:
-    """[T] or [B, T]: how many tokens of its own sequence stand before each token."""
-    if cu_seqlens is None:
-        positions = torch.arange(T, device=device)
-        return positions if state is None else state.length[:, None] + positions
-    positions = document_positions(cu_seqlens, T)
-    return positions if state is None else positions + state.length[document_ids(cu_seqlens, T)]

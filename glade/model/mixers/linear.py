@@ -1,12 +1,12 @@
 """The common body of the linear mixers: everything around the recurrence of `glade.ops.linear_attention`.
 
-    q, k = l2norm(feature_map(act(conv(x W)))),  v = act(conv(x W_v))       each with its own short convolution
+    q, k = rope(l2norm(feature_map(act(conv(x W))))),  v = act(conv(x W_v)) each with its own short convolution
     g, erase, write = gates(x, k)                                           what a mixer is (gates.py, delta.py)
     o, state = linear_attention(q, k, v, g, erase, write)
     y = (norm(o) * act(x W_g)) W_o                                          norm per head, before the gate
 
 Which of these steps a mixer has is in `LinearOptions`. The class `Linear` is the body alone.
-Sources: arXiv:2006.16236 (linear attention), 2412.06464 section 3.3 (this block).
+Sources: arXiv:2006.16236 (linear attention), 2104.09864 section 3.3 (rotated), 2412.06464 section 3.3 (this block).
 """
 
 from typing import Literal, NamedTuple
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from glade.model.mixer import Mixer, matmul_flops, projection
 from glade.model.norm import l2norm, make_norm
 from glade.model.published import Activation, FeatureMap, LinearOptions
-from glade.ops import linear_attention, linear_attention_step_
-from glade.ops.packing import check_cu_seqlens
+from glade.ops import linear_attention, linear_attention_step_, rope
+from glade.ops.packing import check_cu_seqlens, token_positions, tokens_seen
 from glade.ops.short_conv import short_conv, short_conv_step_
 
 
@@ -30,6 +30,7 @@ class LinearState(NamedTuple):
     conv_q: Tensor  # [B, H * K, W - 1], the last inputs of the convolution on q; W - 1 is 0 without one
     conv_k: Tensor  # [B, H * K, W - 1]
     conv_v: Tensor  # [B, HV * V, W - 1]
+    length: Tensor  # [B] int64, tokens seen: what rotary positions count from
 
 
 class Gates(NamedTuple):
@@ -75,25 +76,43 @@ class Linear(Mixer):
         *,
         return_state: bool = True,
     ) -> tuple[Tensor, LinearState | None]:
-        recurrent, conv_q, conv_k, conv_v = state if state is not None else (None,) * 4
+        recurrent, conv_q, conv_k, conv_v, length = state if state is not None else (None,) * 5
         q, conv_q = self.q_conv(self.q_proj(x), conv_q, cu_seqlens)
         k, conv_k = self.k_conv(self.k_proj(x), conv_k, cu_seqlens)
         v, conv_v = self.v_conv(self.v_proj(x), conv_v, cu_seqlens)
         g, erase, write = self.gates(x, k)
+        if self.options.rope:
+            positions = token_positions(x.shape[1], x.device, length, cu_seqlens)
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
         o, recurrent = linear_attention(
             q, k, v, g=g, erase=erase, write=write, scale=self.options.scale, state=recurrent, cu_seqlens=cu_seqlens
         )
-        return self._output(o, x), LinearState(recurrent, conv_q, conv_k, conv_v) if return_state else None
+        y = self._output(o, x)
+        if not return_state:
+            return y, None
+        return y, LinearState(recurrent, conv_q, conv_k, conv_v, tokens_seen(x, length, cu_seqlens))
 
     def step_(self, x: Tensor, state: LinearState, slots: Tensor | None = None) -> tuple[Tensor, LinearState]:
         q = self.q_conv.step_(self.q_proj(x), state.conv_q, slots)
         k = self.k_conv.step_(self.k_proj(x), state.conv_k, slots)
         v = self.v_conv.step_(self.v_proj(x), state.conv_v, slots)
         g, erase, write = self.gates(x, k)
+        if self.options.rope:
+            positions = (state.length if slots is None else state.length[slots])[:, None]
+            q, k = (self._rotate(each[:, None], positions)[:, 0] for each in (q, k))
         o = linear_attention_step_(
             q, k, v, g=g, erase=erase, write=write, scale=self.options.scale, state=state.recurrent, slots=slots
         )
+        if slots is None:
+            state.length.add_(1)
+        else:
+            state.length[slots] += 1
         return self._output(o, x), state
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [B, T, H, K] turned by its positions."""
+        o = self.options
+        return rope(x, positions, theta=o.rope_theta, dims=round(o.head_dim * o.rope_fraction))
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         """o [..., HV, V] -> y [..., D]."""
@@ -107,10 +126,9 @@ class Linear(Mixer):
         weight = self.o_proj.weight
         recurrent_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         o = self.options
-        return LinearState(
-            weight.new_zeros(batch, o.num_v_heads, o.head_dim, o.head_dim_v, dtype=recurrent_dtype),
-            *(weight.new_zeros(batch, c.channels, c.num_past) for c in (self.q_conv, self.k_conv, self.v_conv)),
-        )
+        recurrent = weight.new_zeros(batch, o.num_v_heads, o.head_dim, o.head_dim_v, dtype=recurrent_dtype)
+        q, k, v = (weight.new_zeros(batch, c.channels, c.num_past) for c in (self.q_conv, self.k_conv, self.v_conv))
+        return LinearState(recurrent, q, k, v, torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
     def flops_per_token(self, T: int) -> float:
         # per value head and token: write k v^T, read S^T q, and with an erase gate read S^T k, each K * V multiply-adds
