@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from glade.train.log import Row, read_metrics
 
@@ -59,7 +60,8 @@ def draw_comparison(runs: Sequence[tuple[str, list[Row]]], path: Path) -> Path:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:.2f}")
         axis.yaxis.set_minor_formatter("{x:.2f}")
-    axes[0].legend(frameon=False)
+    axes[1].set_ylabel("")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return _save(figure, path)
 
 
@@ -85,7 +87,9 @@ def _label(axis: Any, title: str, y: str, x: str = "trained tokens") -> None:
     axis.set_title(title)
     axis.set_ylabel(y)
     axis.set_xlabel(x)
-    axis.grid(alpha=0.25)
+    axis.grid(alpha=0.25, which="both")
+    if "tokens" in x:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 
 def _save(figure: Figure, path: Path) -> Path:
