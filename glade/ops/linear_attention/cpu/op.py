@@ -1,0 +1,155 @@
+"""Backend `cpu`: the recurrence in chunks of 16 tokens by the compiled kernel, forward, backward and decode step.
+
+The kernel's algebra and memory are described in docs/kernels.md, its arguments in native/call.h. A backward keeps, for
+each value head, the state before every 64 tokens (K * V * 4 bytes) and what each token wrote (V * 4 bytes a token, only
+where something is erased); everything else is computed again.
+"""
+
+import torch
+from torch import Tensor
+
+from glade.ops.linear_attention.cpu.library import ABSENT, absence, library
+from glade.ops.linear_attention.register import register
+from glade.ops.packing import document_borders
+
+__all__ = ["refuses", "run", "step_"]
+
+# tokens between two kept states; the library is asserted to agree
+CHECKPOINT = 64
+_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why calls of this device and dtype cannot be served, or None if they can."""
+    if device.type != "cpu":
+        return f"needs tensors on the CPU; these are on {device}"
+    if dtype == torch.float64:
+        return "computes in fp32; these tensors are fp64"
+    return absence()
+
+
+def _readable(x: Tensor | None) -> Tensor | None:
+    """A tensor the kernel can read in place: fp32 or bf16, channels next to each other or broadcast."""
+    if x is None:
+        return None
+    if x.dtype not in _CODES:
+        x = x.float()
+    return x if x.dim() < 4 or x.shape[-1] <= 1 or x.stride(-1) in (0, 1) else x.contiguous()
+
+
+def _array(x: Tensor | None) -> tuple[int, ...]:
+    """[B, T, heads, channels], or [B, T, heads] for a scalar gate, as `Array` of native/call.h."""
+    if x is None:
+        return ABSENT
+    if x.dim() == 3:
+        return (x.data_ptr(), _CODES[x.dtype], 1, *x.stride(), 1)
+    batch, token, head, channel = x.stride()
+    return (x.data_ptr(), _CODES[x.dtype], x.shape[3], batch, token, head, int(channel != 0))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _head(q: Tensor, v: Tensor, borders: Tensor | None, scale: float) -> tuple[float, ...]:
+    B, T, H, K = q.shape
+    num_sequences = B if borders is None else len(borders) - 1
+    return (num_sequences, T, H, v.shape[2], K, v.shape[3], _address(borders), torch.get_num_threads(), scale)
+
+
+def _borders(cu_seqlens: Tensor | None, num_tokens: int) -> Tensor | None:
+    return None if cu_seqlens is None else torch.tensor(document_borders(cu_seqlens, num_tokens), dtype=torch.int64)
+
+
+def _kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:
+    """What `forward` keeps for `backward`: states [M, HV, K, V], and updates [B, T, HV, V] where something is erased."""
+    B, T, HV, V = v.shape
+    if cu_seqlens is None:
+        num_states = B * ((T + CHECKPOINT - 1) // CHECKPOINT)
+    else:
+        num_states = T // CHECKPOINT + cu_seqlens.shape[0] - 1
+    states = v.new_empty(num_states, HV, q.shape[3], V, dtype=torch.float32)
+    return [states] if erase is None else [states, states.new_empty(B, T, HV, V)]
+
+
+def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
+    """[o, final state], and if `keep` what `_kept_like` says."""
+    kept = _kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) if keep else []
+    dtype = v.dtype
+    borders = _borders(cu_seqlens, v.shape[1])
+    q, k, v, g, erase, write = inputs = [_readable(x) for x in (q, k, v, g, erase, write)]
+    state = None if state is None else state.contiguous()
+    rows = v.shape[0] if borders is None else len(borders) - 1
+    o = v.new_empty(v.shape)
+    final = v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    states, updates = (*kept, None, None)[:2]
+    library().forward(
+        *_head(q, v, borders, scale),
+        *(number for x in inputs for number in _array(x)),
+        *(_address(x) for x in (state, final)),
+        *_array(o),
+        *(_address(x) for x in (states, updates)),
+        *(ABSENT * 7),
+        *(0, 0),
+    )
+    return [o.to(dtype), final, *kept]
+
+
+def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> list[Tensor]:
+    """Gradients of q, k, v, g, erase, write, state, those that are given, in that order."""
+    dtypes = [x.dtype for x in (q, k, v, g, erase, write) if x is not None]
+    borders = _borders(cu_seqlens, v.shape[1])
+    q, k, v, g, erase, write = inputs = [_readable(x) for x in (q, k, v, g, erase, write)]
+    do, d_final = _readable(do), d_final.contiguous()
+    HV, group = v.shape[2], v.shape[2] // q.shape[2]
+    # heads of q and k that several value heads read: one gradient for each of these in fp32, summed afterwards
+    dq, dk = (
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if group == 1
+        else x.new_empty(*x.shape[:2], HV, x.shape[3], dtype=torch.float32)
+        for x in (q, k)
+    )
+    others = [
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, g, erase, write)
+    ]
+    d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+    states, updates = (*kept, None)[:2]
+    library().backward(
+        *_head(q, v, borders, scale),
+        *(number for x in inputs for number in _array(x)),
+        *(0, 0),
+        *ABSENT,
+        *(_address(x) for x in (states, updates)),
+        *(number for x in (do, dq, dk, *others) for number in _array(x)),
+        *(_address(x) for x in (d_final, d_state)),
+    )
+    if group > 1:
+        dq, dk = (x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
+    gradients = [x for x in (dq, dk, *others) if x is not None]
+    gradients = [x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
+    return gradients if d_state is None else [*gradients, d_state]
+
+
+def step_(q, k, v, g, erase, write, scale, state, slots) -> Tensor:
+    """`linear_attention_step_`: one token of each row, the given rows of the state updated in place."""
+    dtype = v.dtype
+    q, k, v, g, erase, write = inputs = [
+        x if x is None else _readable(x.unsqueeze(1)) for x in (q, k, v, g, erase, write)
+    ]
+    B, _, H, K = q.shape
+    HV, V = v.shape[2:]
+    gapless = state[0].is_contiguous() if len(state) else True
+    table = state if gapless else state.contiguous()
+    slots = None if slots is None else slots.contiguous()
+    o = v.new_empty(v.shape)
+    library().step(
+        *(B, H, HV, K, V, torch.get_num_threads(), scale),
+        *(number for x in (*inputs, o) for number in _array(x)),
+        *(table.data_ptr(), table.stride(0), len(table), _address(slots)),
+    )
+    if not gapless:
+        state.copy_(table)
+    return o.squeeze(1).to(dtype)
+
+
+run = register("cpu", forward, backward, _kept_like)
