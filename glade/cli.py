@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done, 1: it failed, 2: the arguments do not fit, 130: interrupted, 141: the reader of the output went away.
     """
+    _let_threads_sleep()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -128,6 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"glade: {explain(error)}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UsageError) else 1
+
+
+def _let_threads_sleep() -> None:
+    """Have OpenMP's idle threads spin for microseconds, not for milliseconds, before they sleep.
+
+    torch's default spins on: beside one other busy process on two cores, a small model then trains at a quarter of the
+    speed (docs/log.md). It is read when torch is loaded, so it is set here; what the user has set stays.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ["GOMP_SPINCOUNT"] = "1000"  # GNU OpenMP, loop turns
+        os.environ["KMP_BLOCKTIME"] = "1"  # LLVM's and Intel's, ms
 
 
 def _command(words: list[str]) -> None:
