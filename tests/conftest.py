@@ -1,7 +1,13 @@
 """Settings every test shares: the repeatable seed, and `gpu` tests left out where there is no GPU."""
 
+import os
+
 import pytest
-import torch
+
+# read when torch is loaded: as the program does, so that threads do not spin beside other work
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
