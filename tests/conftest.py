@@ -7,7 +7,7 @@ import pytest
 # read when torch is loaded: as the program does, so that threads do not spin beside other work
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import torch  # noqa: E402
+import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glade.errors import BackendError
-from glade.ops.linear_attention import chunked, reference
+from glade.ops.linear_attention import chunked, reference, triton
 
 
 class Backend(NamedTuple):
@@ -31,6 +31,7 @@ def _serves_all(device: torch.device, dtype: torch.dtype) -> str | None:
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
+        Backend("triton", triton.run, triton.step_, triton.refuses),
         Backend("torch", chunked.run, chunked.step_, _serves_all),
         Backend("reference", reference.run, reference.step_, _serves_all, automatic=False),
     )
