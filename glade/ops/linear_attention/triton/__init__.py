@@ -1,0 +1,48 @@
+"""Backend `triton`: the recurrence in five kernels for NVIDIA GPUs, forward and backward, and one for the decode step.
+
+    tiles             what the kernels share
+    prepare           1  each chunk by itself: pre-gated q, k, erase k, pair products, inverse
+    states            2  the pass over chunks, and its backward, 3
+    values_backward   4  gradients of v, write and the pair products
+    keys_backward     5  gradients of q, k, erase and g
+    step              the decode step
+    configs           block sizes
+    op, launch        the launches
+
+Triton comes with torch's CUDA builds, and is imported with those only.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+INSTALLED = torch.version.cuda is not None and find_spec("triton") is not None
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why tensors of this device and dtype cannot be served, or None."""
+    if device.type != "cuda":
+        return f"needs a CUDA device; these tensors are on {device}"
+    if not INSTALLED:
+        return "needs the package triton, which is not installed with this torch"
+    if dtype == torch.float64:
+        return "has no fp64"
+    return None
+
+
+run: Callable[..., Any]
+step_: Callable[..., Any]
+if INSTALLED:
+    from glade.ops.linear_attention.register import register
+    from glade.ops.linear_attention.triton.op import backward, forward, kept_like
+    from glade.ops.linear_attention.triton.step import step_ as step_
+
+    run = register("triton", forward, backward, kept_like)
+else:
+
+    def run(*_):
+        raise AssertionError("`refuses` lets no call through to here")
+
+    step_ = run

@@ -1,0 +1,95 @@
+"""What every launch needs: kinds of gates, strides, the device, and where the chunks of a call lie."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from glade.errors import BackendError
+from glade.ops.linear_attention.chunk_layout import max_chunks
+from glade.ops.packing import document_borders
+
+MAX_KEY_DIM = 256  # a program holds all key channels of its block of the state
+
+
+class Chunks(NamedTuple):
+    """Chunk m of a call: tokens starts[m] up to ends[m] at most; sequence n has the chunks firsts[n] : firsts[n + 1].
+
+    The tensors are None when sequences are batch rows, of `a_row` chunks each. Packed, `count` is a bound that
+    follows from shapes; chunks that are not used have no tokens.
+    """
+
+    size: int
+    count: int
+    sequences: int
+    a_row: int
+    starts: Tensor | None
+    ends: Tensor | None
+    firsts: Tensor | None
+
+
+def chunks_of(v: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
+    """The chunks of a call, found on the device.
+
+    Raises:
+        ValueError: the values of cu_seqlens do not fit (`checked_borders`).
+    """
+    B, T = v.shape[:2]
+    count = max_chunks(B, T, cu_seqlens, size)
+    if cu_seqlens is None:
+        return Chunks(size, count, B, -(-T // size), None, None, None)
+    borders = checked_borders(cu_seqlens, T).to(torch.int64)
+    lengths = borders[1:] - borders[:-1]
+    firsts = torch.nn.functional.pad(((lengths + size - 1) // size).cumsum(0), (1, 0))
+    chunk = torch.arange(count, device=v.device)
+    sequence = torch.searchsorted(firsts[1:].contiguous(), chunk, right=True)
+    used = sequence < len(lengths)
+    sequence = sequence.clamp(max=max(len(lengths) - 1, 0))
+    starts = torch.where(used, borders[sequence] + (chunk - firsts[sequence]) * size, 0)
+    ends = torch.where(used, borders[sequence + 1], 0)
+    tables = (x.to(torch.int32) for x in (starts, ends, firsts))
+    return Chunks(size, count, len(lengths), 0, *tables)
+
+
+_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def checked_borders(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """cu_seqlens after a look at its values, once for each version of a tensor: all layers of a model share one.
+
+    A look waits for the device, which a CUDA graph cannot record; while one is captured, nothing is looked at and
+    borders are only held to 0 ... T, so that no program leaves its tensors.
+
+    Raises:
+        ValueError: the values do not fit.
+    """
+    seen = (cu_seqlens._version, num_tokens)
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return cu_seqlens.clamp(0, num_tokens).cummax(0).values
+    if _checked.get(cu_seqlens) != seen:
+        document_borders(cu_seqlens, num_tokens)
+        _checked[cu_seqlens] = seen
+    return cu_seqlens
+
+
+def check_key_dim(q: Tensor) -> None:
+    if q.shape[-1] > MAX_KEY_DIM:
+        raise BackendError(
+            f"backend 'triton' takes keys of up to {MAX_KEY_DIM} channels; these have {q.shape[-1]}. Use 'torch'"
+        )
+
+
+def kind_of(gate: Tensor | None, num_axes: int) -> int:
+    """0 for none, 1 for scalar, 2 for vector; a vector gate has `num_axes` axes."""
+    return 0 if gate is None else 1 + (gate.dim() == num_axes)
+
+
+def strides_of(x: Tensor | None) -> tuple[int, ...]:
+    return () if x is None else x.stride()
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """Launches go to the current device, which need not be x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

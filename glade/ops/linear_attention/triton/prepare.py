@@ -1,0 +1,147 @@
+"""Kernel 1, one program a chunk and value head: everything of a chunk that does not depend on the state.
+
+Reads q, k, g, erase. Writes the pre-gated Qg = scale exp(G) q, Eg = exp(G) erase k and Kt = exp(G_C - G) k, the chunk's
+decay exp(G_C), the products P = tril(Qg Kb^T) and the inverse A = (I + tril(Eg Kb^T, -1))^-1, where Kb = exp(-G) k is
+never formed.
+
+With a vector gate the products are made by levels: a pair of rows belongs to the one level where the row lies in the
+later and the column in the earlier half of the same block. Both are gated against the first row of that later half
+(the anchor), by exponents that are never positive. A masked product of the whole tile serves all blocks of a level. The
+inverse follows the same levels: with X the inverse of the diagonal blocks and T_l the pairs of a level, the inverse of
+the blocks of twice the size is X - X T_l X.
+"""
+
+import triton
+import triton.language as tl
+
+from glade.ops.linear_attention.triton.tiles import (
+    NONE,
+    SCALAR,
+    VECTOR,
+    anchors,
+    chunk_tokens,
+    level_pairs,
+    load_gate,
+    load_rows,
+    log2_decay,
+    pair_decay,
+    token_head,
+)
+
+
+@triton.jit
+def unit_lower_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + lower)^-1 of a strictly lower triangular [C, C], in fp32."""
+    rows = tl.arange(0, C)
+    X = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
+    X = X - tl.where(level_pairs(rows[:, None], rows[None, :], 0), lower, 0.0)
+    for level in tl.range(1, LEVELS, num_stages=1):
+        pairs = tl.where(level_pairs(rows[:, None], rows[None, :], level), lower, 0.0).to(DTYPE)
+        blocks = X.to(DTYPE)
+        X -= tl.dot(blocks, tl.dot(pairs, blocks, input_precision=PRECISION).to(DTYPE), input_precision=PRECISION)
+    return X
+
+
+@triton.jit
+def prepare_kernel(
+    q, k, g, erase,
+    q_strides, k_strides, g_strides, erase_strides,
+    G, Qg, Eg, Kt, decay, P, A,
+    starts, ends, num_tokens, chunks_a_row, scale,
+    HV, GROUP, K,
+    KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    m, head = tl.program_id(0), tl.program_id(1)
+    row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+    tile = m.to(tl.int64) * HV + head
+    rows = tl.arange(0, C)
+    diagonal = rows[:, None] == rows[None, :]
+    q = token_head(q, q_strides, row, start, head // GROUP)
+    k = token_head(k, k_strides, row, start, head // GROUP)
+    if ERASE != NONE:
+        erase = token_head(erase, erase_strides, row, start, head)
+    if GATE != NONE:
+        g = token_head(g, g_strides, row, start, head)
+    if GATE == SCALAR:
+        g_row = tl.load(g + rows * g_strides[1], mask=rows < live, other=0.0)
+        sums = tl.cumsum(log2_decay(g_row, G_TYPE), 0)
+        tl.store(G + tile * C + rows, sums)
+        last = tl.sum(tl.where(rows == C - 1, sums, 0.0), 0)
+        tl.store(decay + tile, tl.exp2(last.to(tl.float32)))
+
+    if GATE == VECTOR:
+        G += tile * C * KP
+        decay += tile * KP
+    Qg += tile * C * KP
+    Kt += tile * C * KP
+    if ERASE != NONE:
+        Eg += tile * C * KP
+    products = tl.zeros([C, C], tl.float32)
+    lower = tl.zeros([C, C], tl.float32)
+    for block in tl.static_range(0, KP // BK):
+        columns = block * BK + tl.arange(0, BK)
+        q_tile = load_rows(q, q_strides, rows, live, columns, K)
+        k_tile = load_rows(k, k_strides, rows, live, columns, K)
+        at = rows[:, None] * KP + columns[None, :]
+        if ERASE != NONE:
+            e_tile = load_gate(erase, erase_strides, rows, live, columns, K, ERASE) * k_tile.to(tl.float32)
+        if GATE == VECTOR:
+            logs = log2_decay(load_rows(g, g_strides, rows, live, columns, K), G_TYPE)
+            sums = tl.cumsum(logs, 0)
+            tl.store(G + at, sums)
+            # the anchor rows are read back by other threads than wrote them
+            tl.debug_barrier()
+            last = tl.load(G + (C - 1) * KP + columns)
+            tl.store(decay + columns, tl.exp2(last.to(tl.float32)))
+            to_row = tl.exp2(sums.to(tl.float32))
+            to_end = tl.exp2((last[None, :] - sums).to(tl.float32))
+        elif GATE == SCALAR:
+            to_row = tl.exp2(sums.to(tl.float32))[:, None]
+            to_end = tl.exp2((last - sums).to(tl.float32))[:, None]
+        if GATE == NONE:
+            tl.store(Qg + at, (q_tile.to(tl.float32) * scale).to(DTYPE))
+            tl.store(Kt + at, k_tile.to(DTYPE))
+            if ERASE != NONE:
+                tl.store(Eg + at, e_tile.to(DTYPE))
+        else:
+            tl.store(Qg + at, (q_tile.to(tl.float32) * to_row * scale).to(DTYPE))
+            tl.store(Kt + at, (k_tile.to(tl.float32) * to_end).to(DTYPE))
+            if ERASE != NONE:
+                tl.store(Eg + at, (e_tile * to_row).to(DTYPE))
+
+        q_tile, k_tile = q_tile.to(DTYPE), k_tile.to(DTYPE)
+        if ERASE != NONE:
+            e_tile = e_tile.to(DTYPE)
+        if GATE == VECTOR:
+            with_itself = tl.sum(q_tile.to(tl.float32) * k_tile.to(tl.float32), 1)
+            products += tl.where(diagonal, with_itself[:, None], 0.0)
+            for level in tl.range(0, LEVELS, num_stages=1):
+                anchor_sums = tl.load(G + anchors(rows, level)[:, None] * KP + columns[None, :])
+                x = tl.exp2(-tl.abs(sums - anchor_sums).to(tl.float32))
+                pairs = level_pairs(rows[:, None], rows[None, :], level)
+                k_late = tl.trans((k_tile.to(tl.float32) * x).to(DTYPE))
+                q_early = (q_tile.to(tl.float32) * x).to(DTYPE)
+                products += tl.where(pairs, tl.dot(q_early, k_late, input_precision=PRECISION), 0.0)
+                if ERASE != NONE:
+                    e_early = (e_tile.to(tl.float32) * x).to(DTYPE)
+                    lower += tl.where(pairs, tl.dot(e_early, k_late, input_precision=PRECISION), 0.0)
+        else:
+            products += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            if ERASE != NONE:
+                lower += tl.dot(e_tile, tl.trans(k_tile), input_precision=PRECISION)
+
+    if GATE != VECTOR:
+        not_after = rows[:, None] >= rows[None, :]
+        if GATE == SCALAR:
+            between = pair_decay(sums, C)
+        else:
+            between = tl.where(not_after, 1.0, 0.0)
+        products = tl.where(not_after, products * between, 0.0)
+        if ERASE != NONE:
+            lower = tl.where(rows[:, None] > rows[None, :], lower * between, 0.0)
+    square = rows[:, None] * C + rows[None, :]
+    tl.store(P + tile * C * C + square, (products * scale).to(DTYPE))
+    if ERASE != NONE:
+        tl.store(A + tile * C * C + square, unit_lower_inverse(lower, C, LEVELS, DTYPE, PRECISION).to(DTYPE))

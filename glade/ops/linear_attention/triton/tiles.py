@@ -1,0 +1,91 @@
+"""What the kernels share: where a chunk's tokens lie, and the masks and decays of its token pairs.
+
+A gate is none (0), scalar (1) or vector (2), as compile-time constants. Logs of decays are held in base 2; the sum G of
+a chunk's logs up to and including a row is fp32 for bf16 inputs and fp64 otherwise.
+"""
+
+import triton
+import triton.language as tl
+
+NONE = tl.constexpr(0)
+SCALAR = tl.constexpr(1)
+VECTOR = tl.constexpr(2)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# 2 ** -150 is zero in fp32, so that nothing is lost where one step decays by more, and -inf minus -inf does not arise
+LEAST_LOG = tl.constexpr(-150.0)
+
+
+@triton.jit
+def chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PACKED: tl.constexpr):
+    """Chunk m: its batch row, its first token there, and how many tokens its sequence has from there on."""
+    if PACKED:
+        row, start, end = tl.zeros([], tl.int32), tl.load(starts + m), tl.load(ends + m)
+    else:
+        row = m // chunks_a_row
+        start, end = (m - row * chunks_a_row) * C, num_tokens
+    return row, start, end - start
+
+
+@triton.jit
+def sequence_chunks(n, chunks_a_row, firsts, PACKED: tl.constexpr):
+    """The chunks of sequence n: first, end."""
+    if PACKED:
+        first, end = tl.load(firsts + n), tl.load(firsts + n + 1)
+    else:
+        first, end = n * chunks_a_row, (n + 1) * chunks_a_row
+    return first, end
+
+
+# Offsets inside a tile are 32 bits wide, and what is added to a pointer before is a single number of 64: a tile of wide
+# offsets would take twice its registers.
+
+
+@triton.jit
+def token_head(x, strides, row, start, head):
+    """The pointer at x[row, start, head], or x[row, start, head, 0]."""
+    return x + row.to(tl.int64) * strides[0] + start.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def load_rows(x, strides, rows, live, columns, num_columns):
+    """[rows, columns] from the pointer x of `token_head`; zeros where there is no token or no column."""
+    inside = (rows < live)[:, None] & (columns < num_columns)[None, :]
+    return tl.load(x + rows[:, None] * strides[1] + columns[None, :] * strides[3], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_gate(x, strides, rows, live, columns, num_columns, KIND: tl.constexpr):
+    """A gate's rows in fp32, [rows, columns] or, where it is scalar, [rows, 1]."""
+    if KIND == VECTOR:
+        gate = load_rows(x, strides, rows, live, columns, num_columns).to(tl.float32)
+    else:
+        gate = tl.load(x + rows * strides[1], mask=rows < live, other=0.0).to(tl.float32)[:, None]
+    return gate
+
+
+@triton.jit
+def log2_decay(g, G_TYPE: tl.constexpr):
+    return tl.maximum(g.to(G_TYPE) * LOG2_E, LEAST_LOG)
+
+
+@triton.jit
+def pair_decay(G, C: tl.constexpr):
+    """[C, C]: what is left at the row of what the column wrote, zero for columns after the row. G [C]."""
+    rows = tl.arange(0, C)
+    lower = rows[:, None] >= rows[None, :]
+    exponent = tl.minimum(G[:, None] - G[None, :], 0.0).to(tl.float32)
+    return tl.where(lower, tl.exp2(exponent), 0.0)
+
+
+@triton.jit
+def anchors(rows, level):
+    """For each row, the first row of the later half of its block of 2 ** (level + 1) rows."""
+    half = 1 << level
+    return (rows | half) & -half
+
+
+@triton.jit
+def level_pairs(later, earlier, level):
+    """Bool: the pairs that part at this level, the later of them in the later half."""
+    return (((later ^ earlier) >> level) == 1) & (later > earlier)
