@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glade.errors import BackendError
-from glade.ops.linear_attention import chunked, reference, triton
+from glade.ops.linear_attention import chunked, cpu, reference, triton
 
 
 class Backend(NamedTuple):
@@ -32,6 +32,7 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("triton", triton.run, triton.step_, triton.refuses),
+        Backend("cpu", cpu.run, cpu.step_, cpu.refuses),
         Backend("torch", chunked.run, chunked.step_, _serves_all),
         Backend("reference", reference.run, reference.step_, _serves_all, automatic=False),
     )
@@ -45,7 +46,10 @@ def backend_for(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         BackendError: no such backend, or it cannot serve this device and dtype.
     """
     if name == "auto":
-        return next(b for b in BACKENDS.values() if b.automatic and b.refuses(device, dtype) is None)
+        chosen = next(b for b in BACKENDS.values() if b.automatic and b.refuses(device, dtype) is None)
+        if chosen.name == "torch":
+            cpu.say_absence(device, dtype)
+        return chosen
     able = [b.name for b in BACKENDS.values() if b.refuses(device, dtype) is None]
     if name not in BACKENDS:
         raise BackendError(f"backend {name!r} is not installed here; on {device} these are: {', '.join(able)}, auto")

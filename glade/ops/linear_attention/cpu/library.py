@@ -5,13 +5,12 @@ version of torch and of Python. `setup.py` builds it next to this file where a C
 """
 
 import ctypes
-import functools
 import struct
 from pathlib import Path
 
 PATH = Path(__file__).with_name("libglade_cpu.so")
 
-# native/call.h: an Array is 7 numbers, a Call 2 + 13 of them beside its own, a Step 7
+# native/call.h: an Array is 7 numbers; a Call has 14 of them, a Step 7
 ABSENT = (0, 0, 0, 0, 0, 0, 0)
 _CALL = struct.Struct("=8q d 42q 2q 7q 2q 49q 2q")
 _STEP = struct.Struct("=6q d 49q 4q")
@@ -65,19 +64,15 @@ def _check(status: int) -> None:
     assert status == 0, status
 
 
-@functools.cache
-def library() -> Library:
-    """The library of this installation; see `absence`."""
-    return Library()
-
-
-@functools.cache
-def absence(path: Path = PATH) -> str | None:
-    """Why there is no kernel to run here, or None if there is one."""
+def _open(path: Path = PATH) -> tuple[Library | None, str | None]:
+    """The library at `path`, or why there is none."""
     if not path.exists():
-        return "was not built: the package was installed where no C compiler was found"
+        return None, "was not built: no C compiler was found, or it failed, when the package was installed"
     try:
-        Library(path)
+        return Library(path), None
     except OSError as error:
-        return f"could not be loaded ({error})"
-    return None
+        return None, f"could not be loaded ({error})"
+
+
+# once, when the package is imported: a traced call may ask, and may not open files
+LIBRARY, ABSENCE = _open()

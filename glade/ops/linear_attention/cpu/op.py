@@ -5,36 +5,64 @@ each value head, the state before every 64 tokens (K * V * 4 bytes) and what eac
 where something is erased); everything else is computed again.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
-from glade.ops.linear_attention.cpu.library import ABSENT, absence, library
+from glade.ops.linear_attention.cpu import library as native
+from glade.ops.linear_attention.cpu.library import ABSENT
 from glade.ops.linear_attention.register import register
 from glade.ops.packing import document_borders
 
 __all__ = ["refuses", "run", "step_"]
 
-# tokens between two kept states; the library is asserted to agree
+# tokens between two kept states, as in native/call.h
 CHECKPOINT = 64
+assert native.LIBRARY is None or native.LIBRARY.checkpoint == CHECKPOINT
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why calls of this device and dtype cannot be served, or None if they can."""
+    return _unfit(device, dtype) or native.ABSENCE
+
+
+@torch.compiler.assume_constant_result
+def say_absence(device: torch.device, dtype: torch.dtype) -> bool:
+    """Says on stderr, once in a process, that the kernel would serve these tensors if it were there."""
+    global _said
+    if not _said and _unfit(device, dtype) is None and native.ABSENCE is not None:
+        _said = True
+        print(f"glade: backend 'cpu' of linear_attention {native.ABSENCE}; 'torch' serves instead", file=sys.stderr)
+    return _said
+
+
+_said = False
+
+
+def _unfit(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"needs tensors on the CPU; these are on {device}"
     if dtype == torch.float64:
         return "computes in fp32; these tensors are fp64"
-    return absence()
+    return None
 
 
-def _readable(x: Tensor | None) -> Tensor | None:
+def _library() -> native.Library:
+    assert native.LIBRARY is not None, native.ABSENCE
+    return native.LIBRARY
+
+
+def _readable(x: Tensor) -> Tensor:
     """A tensor the kernel can read in place: fp32 or bf16, channels next to each other or broadcast."""
-    if x is None:
-        return None
     if x.dtype not in _CODES:
         x = x.float()
     return x if x.dim() < 4 or x.shape[-1] <= 1 or x.stride(-1) in (0, 1) else x.contiguous()
+
+
+def _readable_gates(*gates: Tensor | None) -> list[Tensor | None]:
+    return [x if x is None else _readable(x) for x in gates]
 
 
 def _array(x: Tensor | None) -> tuple[int, ...]:
@@ -62,7 +90,7 @@ def _borders(cu_seqlens: Tensor | None, num_tokens: int) -> Tensor | None:
 
 
 def _kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:
-    """What `forward` keeps for `backward`: states [M, HV, K, V], and updates [B, T, HV, V] where something is erased."""
+    """What `forward` keeps for `backward`: states [M, HV, K, V], and with erase updates [B, T, HV, V]."""
     B, T, HV, V = v.shape
     if cu_seqlens is None:
         num_states = B * ((T + CHECKPOINT - 1) // CHECKPOINT)
@@ -77,15 +105,16 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
     kept = _kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) if keep else []
     dtype = v.dtype
     borders = _borders(cu_seqlens, v.shape[1])
-    q, k, v, g, erase, write = inputs = [_readable(x) for x in (q, k, v, g, erase, write)]
+    q, k, v = (_readable(x) for x in (q, k, v))
+    gates = _readable_gates(g, erase, write)
     state = None if state is None else state.contiguous()
     rows = v.shape[0] if borders is None else len(borders) - 1
     o = v.new_empty(v.shape)
     final = v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     states, updates = (*kept, None, None)[:2]
-    library().forward(
+    _library().forward(
         *_head(q, v, borders, scale),
-        *(number for x in inputs for number in _array(x)),
+        *(number for x in (q, k, v, *gates) for number in _array(x)),
         *(_address(x) for x in (state, final)),
         *_array(o),
         *(_address(x) for x in (states, updates)),
@@ -99,8 +128,8 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     """Gradients of q, k, v, g, erase, write, state, those that are given, in that order."""
     dtypes = [x.dtype for x in (q, k, v, g, erase, write) if x is not None]
     borders = _borders(cu_seqlens, v.shape[1])
-    q, k, v, g, erase, write = inputs = [_readable(x) for x in (q, k, v, g, erase, write)]
-    do, d_final = _readable(do), d_final.contiguous()
+    q, k, v, do = (_readable(x) for x in (q, k, v, do))
+    gates, d_final = _readable_gates(g, erase, write), d_final.contiguous()
     HV, group = v.shape[2], v.shape[2] // q.shape[2]
     # heads of q and k that several value heads read: one gradient for each of these in fp32, summed afterwards
     dq, dk = (
@@ -109,14 +138,12 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
         else x.new_empty(*x.shape[:2], HV, x.shape[3], dtype=torch.float32)
         for x in (q, k)
     )
-    others = [
-        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, g, erase, write)
-    ]
+    others = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, *gates)]
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     states, updates = (*kept, None)[:2]
-    library().backward(
+    _library().backward(
         *_head(q, v, borders, scale),
-        *(number for x in inputs for number in _array(x)),
+        *(number for x in (q, k, v, *gates) for number in _array(x)),
         *(0, 0),
         *ABSENT,
         *(_address(x) for x in (states, updates)),
@@ -133,18 +160,17 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
 def step_(q, k, v, g, erase, write, scale, state, slots) -> Tensor:
     """`linear_attention_step_`: one token of each row, the given rows of the state updated in place."""
     dtype = v.dtype
-    q, k, v, g, erase, write = inputs = [
-        x if x is None else _readable(x.unsqueeze(1)) for x in (q, k, v, g, erase, write)
-    ]
+    q, k, v = (_readable(x.unsqueeze(1)) for x in (q, k, v))
+    gates = _readable_gates(*(x if x is None else x.unsqueeze(1) for x in (g, erase, write)))
     B, _, H, K = q.shape
     HV, V = v.shape[2:]
     gapless = state[0].is_contiguous() if len(state) else True
     table = state if gapless else state.contiguous()
     slots = None if slots is None else slots.contiguous()
     o = v.new_empty(v.shape)
-    library().step(
+    _library().step(
         *(B, H, HV, K, V, torch.get_num_threads(), scale),
-        *(number for x in (*inputs, o) for number in _array(x)),
+        *(number for x in (q, k, v, *gates, o) for number in _array(x)),
         *(table.data_ptr(), table.stride(0), len(table), _address(slots)),
     )
     if not gapless:

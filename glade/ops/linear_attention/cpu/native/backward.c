@@ -14,8 +14,7 @@ typedef struct {
     float *U[CHUNKS];    /* [CHUNK, Vp]: what each token wrote */
     float *dS, *dST;     /* [Kp, Vp] and [Vp, Kp] in panels: gradient of the state after the chunk */
     float *dO, *dR;      /* [CHUNK, Vp] */
-    float *up_o, *up_r;  /* [CHUNK, Vp]: c * dO (in `scaled`, or dO itself) and -c * dR: these meet S and dS */
-    float *scaled;
+    float *up_o, *up_r;  /* [CHUNK, Vp] after each other: c * dO (or dO itself) and -c * dR: these meet S and dS */
     float *Ut;           /* [CHUNK, Vp]: t * U */
     float *dP, *dT;      /* [CHUNK, CHUNK] */
     float diagonal[CHUNK];
@@ -32,11 +31,12 @@ static size_t carve(Buffers *b, float *base, const Sizes *s, Gate gate, int eras
         b->chunk[i] = take_chunk(&arena, s, gate, erases);
         b->U[i] = take(&arena, v_rows);
     }
-    float **states[] = {&b->dS, &b->dST}, **v_like[] = {&b->dO, &b->dR, &b->scaled, &b->up_r, &b->Ut};
+    float **states[] = {&b->dS, &b->dST}, **v_like[] = {&b->dO, &b->dR, &b->up_o, &b->up_r, &b->Ut};
     float **k_like[] = {&b->dQ, &b->dE, &b->dK, &b->dKt, &b->decayed, &b->carried};
     for (size_t i = 0; i < sizeof states / sizeof *states; i++) *states[i] = take(&arena, state);
     for (size_t i = 0; i < sizeof v_like / sizeof *v_like; i++) *v_like[i] = take(&arena, v_rows);
     for (size_t i = 0; i < sizeof k_like / sizeof *k_like; i++) *k_like[i] = take(&arena, k_rows);
+    if (gate != SCALAR_GATE) b->up_o = b->dO, b->up_r = b->dR, b->dR = take(&arena, v_rows);
     b->dP = take(&arena, CHUNK * CHUNK);
     b->dT = take(&arena, CHUNK * CHUNK);
     b->near = take(&arena, near_floats(s));
@@ -44,13 +44,28 @@ static size_t carve(Buffers *b, float *base, const Sizes *s, Gate gate, int eras
     return arena.used;
 }
 
+/* the kept updates [batch, T, HV, V] as an Array */
+INLINE Array updates_of(const Call *call, const Sizes *s) {
+    long row = call->num_value_heads * s->V;
+    return (Array){(char *)call->updates, FLOAT32, s->V, call->num_tokens * row, row, s->V, 1};
+}
+
+/* what a chunk of the backward reads, for up to BLOCK tokens, `start` tokens into the sequence */
+INLINE void prefetch_backward(const Call *call, const Sizes *s, const Sequence *seq, long head, long start) {
+    if (start < 0 || start >= seq->length) return;
+    long rows = seq->length - start < BLOCK ? seq->length - start : BLOCK;
+    Array updates = updates_of(call, s);
+    prefetch_inputs(call, s, seq, head, start);
+    prefetch_rows(&call->d_o, seq->batch, seq->first + start, head, rows, 0);
+    prefetch_rows(&updates, seq->batch, seq->first + start, head, rows, 0);
+}
+
 /* U of a chunk: kept by the forward, or write * v where nothing is erased */
 static __attribute__((noinline)) void read_updates(float *U, const Chunk *x, const Call *call, const Sizes *s, const Sequence *seq, long token,
                          long head, int erases) {
     const Array *write = &call->write;
     if (erases) {
-        Array kept = {(char *)call->updates, FLOAT32, s->V, call->num_tokens * call->num_value_heads * s->V,
-                      call->num_value_heads * s->V, s->V, 1};
+        Array kept = updates_of(call, s);
         read_rows(U, s->v_row, &kept, seq->batch, token, head, x->rows, s->V, 1.0f);
     } else {
         read_rows(U, s->v_row, &call->v, seq->batch, token, head, x->rows, s->V, 1.0f);
@@ -84,6 +99,9 @@ static __attribute__((noinline)) long replay(Buffers *b, const Call *call, const
     for (long i = 0; i < num; i++) {
         Chunk *x = &b->chunk[i];
         long at = start + i * CHUNK;
+        /* later stretches are asked for while the one after them is worked on */
+        if (start + CHECKPOINT >= seq->length)
+            for (long row = 0; row < CHUNK; row += BLOCK) prefetch_backward(call, s, seq, head, at + CHUNK + row);
         prepare_chunk(x, call, s, seq, head, at, b->near, gate, erases, 1);
         read_updates(b->U[i], x, call, s, seq, seq->first + at, head, erases);
         if (i + 1 == num) break;
@@ -111,32 +129,42 @@ static __attribute__((noinline)) void updates_backward(Buffers *b, const Chunk *
     }
     float minus[CHUNK];
     for (long i = 0; i < CHUNK; i++) minus[i] = -x->c[i];
-    b->up_o = b->dO;
-    if (gate == SCALAR_GATE) scale_rows(b->up_o = b->scaled, b->dO, x->c, rows, row, s->Vp);
+    if (gate == SCALAR_GATE) scale_rows(b->up_o, b->dO, x->c, rows, row, s->Vp);
     if (erases) scale_rows(b->up_r, b->dR, minus, rows, row, s->Vp);
 }
 
-/* dQ = up_o S^T, dE = up_r S^T, dKt = U dS^T */
-static __attribute__((noinline)) void rows_backward(Buffers *b, const Chunk *x, const Sizes *s, const float *ST, const float *U, int erases) {
-    long rows = x->blocks * BLOCK;
-    for (long p = 0; p < num_panels(s->Kp); p++) {
-        long width = panel_width(s->Kp, p), at = p * PANEL;
-        const float *state = ST + at * s->Vp, *d_state = b->dST + at * s->Vp;
-        product(b->dQ + at, s->k_row, b->up_o, s->v_row, 1, state, width, rows, width, s->V, REPLACE, NULL);
-        if (erases)
-            product(b->dE + at, s->k_row, b->up_r, s->v_row, 1, state, width, rows, width, s->V, REPLACE, NULL);
-        product(b->dKt + at, s->k_row, U, s->v_row, 1, d_state, width, rows, width, s->V, REPLACE, NULL);
+/* dQ = up_o S^T, dE = up_r S^T, dKt = U dS^T; meanwhile memory is asked for what comes next */
+static __attribute__((noinline)) void rows_backward(Buffers *b, const Chunk *x, const Call *call, const Sizes *s,
+                                                    const Sequence *seq, long head, long token, const float *ST,
+                                                    const float *U, int erases) {
+    for (long i = 0; i < x->blocks * BLOCK; i += BLOCK) {
+        long left = x->rows - i < BLOCK ? x->rows - i : BLOCK;
+        const Array *written[] = {&call->d_q, &call->d_k, &call->d_v};
+        prefetch_backward(call, s, seq, head, token - seq->first + i - CHECKPOINT);
+        UNROLL for (int n = 0; n < 3; n++) prefetch_rows(written[n], seq->batch, token + i, head, left, 1);
+        for (long p = 0; p < num_panels(s->Kp); p++) {
+            long width = panel_width(s->Kp, p), at = i * s->k_row + p * PANEL, from = i * s->v_row;
+            const float *state = ST + p * PANEL * s->Vp, *d_state = b->dST + p * PANEL * s->Vp;
+            product(b->dQ + at, s->k_row, b->up_o + from, s->v_row, 1, state, width, BLOCK, width, s->V, REPLACE, NULL);
+            if (erases)
+                product(b->dE + at, s->k_row, b->up_r + from, s->v_row, 1, state, width, BLOCK, width, s->V, REPLACE,
+                        NULL);
+            product(b->dKt + at, s->k_row, U + from, s->v_row, 1, d_state, width, BLOCK, width, s->V, REPLACE, NULL);
+        }
     }
 }
 
-/* dS <- Diag(total) dS + Q^T dO - E^T dR, the decays of Q and E being in up_o and up_r for a scalar gate */
+/* dS <- Diag(total) dS + Q^T dO - E^T dR, the decays of Q and E being in up_o and up_r for a scalar gate; in a full
+ * chunk E's rows follow Q's, and up_r's follow up_o's, so that one product does both */
 static __attribute__((noinline)) void state_backward(Buffers *b, const Chunk *x, const Sizes *s, Gate gate, int erases) {
+    int joint = erases && x->rows == CHUNK;
     for (long p = 0; p < num_panels(s->Vp); p++) {
         float *dS = b->dS + p * PANEL * s->Kp;
         long width = panel_width(s->Vp, p), at = p * PANEL;
-        product(dS, width, x->Q, 1, x->row, b->up_o + at, s->v_row, s->Kp, width, x->rows,
+        product(dS, width, x->Q, 1, x->row, b->up_o + at, s->v_row, s->Kp, width, joint ? 2 * CHUNK : x->rows,
                 gate == NO_GATE ? ADD : SCALE_ROWS, x->total);
-        if (erases) product(dS, width, x->E, 1, x->row, b->up_r + at, s->v_row, s->Kp, width, x->rows, ADD, NULL);
+        if (erases && !joint)
+            product(dS, width, x->E, 1, x->row, b->up_r + at, s->v_row, s->Kp, width, x->rows, ADD, NULL);
     }
 }
 
@@ -389,7 +417,7 @@ static __attribute__((noinline)) void chunk_backward(Buffers *b, const Call *cal
     zero_rows(b->dO + x->rows * s->v_row, s->v_row, x->blocks * BLOCK - x->rows, s->V);
     transpose_panels(b->dST, b->dS, s->Kp, s->Vp);
     updates_backward(b, x, s, gate, erases);
-    rows_backward(b, x, s, ST, U, erases);
+    rows_backward(b, x, call, s, seq, head, token, ST, U, erases);
     pairs_of_gradients(b, x, s, U, erases);
     if (gate == VECTOR_GATE) vector_pairs_backward(b, x, s, erases);
     else scalar_pairs_backward(b, x, s, gate, erases);

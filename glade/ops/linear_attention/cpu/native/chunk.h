@@ -77,9 +77,10 @@ INLINE float *take(Arena *arena, size_t floats) {
 static inline Chunk take_chunk(Arena *arena, const Sizes *s, Gate gate, int erases) {
     Chunk x = {.row = s->k_row};
     size_t rows = (size_t)CHUNK * s->k_row;
+    /* e follows q, and E follows Q: the backward reads both as one */
     x.q = take(arena, rows);
-    x.k = take(arena, rows);
     x.e = erases ? take(arena, rows) : NULL;
+    x.k = take(arena, rows);
     x.erase_rows = erases ? take(arena, rows) : NULL;
     x.total = take(arena, s->Kp);
     x.P = take(arena, CHUNK * CHUNK);
@@ -89,9 +90,9 @@ static inline Chunk take_chunk(Arena *arena, const Sizes *s, Gate gate, int eras
         x.decay = take(arena, CHUNK * CHUNK);
         return x;
     }
-    x.a = take(arena, rows);
     x.Q = take(arena, rows);
     x.E = erases ? take(arena, rows) : NULL;
+    x.a = take(arena, rows);
     x.Kt = take(arena, rows);
     x.c_rows = take(arena, rows);
     x.t_rows = take(arena, rows);

@@ -1,0 +1,125 @@
+"""Builds the CPU kernel of linear attention where a C compiler is; everything else is in pyproject.toml.
+
+The kernel is a plain shared library that Python loads with ctypes, so one wheel serves every Python 3. Without a
+compiler the package installs all the same, and says that this backend is absent. `CC` names another compiler.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+from setuptools.dist import Distribution
+
+FOLDER = "glade/ops/linear_attention/cpu"
+LIBRARY = f"{FOLDER}/libglade_cpu.so"
+NATIVE = Path(__file__).parent / FOLDER / "native"
+
+FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
+# sources compiled once for every instruction set, and once
+PER_ISA = ("forward.c", "backward.c", "step.c")
+ONCE = ("pool.c", "library.c")
+AVX512 = "-DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
+X86_64 = {"avx512": AVX512, "avx2": "-DLANES=8 -mavx2 -mfma", "baseline": "-DLANES=4"}
+ISAS = {
+    "x86_64": X86_64,
+    "amd64": X86_64,
+    "aarch64": {"neon": "-DLANES=4"},
+    "arm64": {"neon": "-DLANES=4"},
+}
+
+
+def compiler() -> list[str] | None:
+    """The C compiler as the start of a command, or None where there is none."""
+    if os.environ.get("CC"):
+        return shlex.split(os.environ["CC"])
+    # Microsoft's has no vector extensions
+    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    return None if found is None else [found]
+
+
+def build_kernel(cc: list[str], library: Path, extra: tuple[str, ...] = ()) -> None:
+    """Compiles the kernel for every instruction set of the compiler's target, into one shared library.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler failed; `stderr` says why. OSError: it cannot be run.
+    """
+    target = _run([*cc, "-dumpmachine"]).strip()
+    isas = ISAS.get(target.split("-")[0], {"baseline": "-DLANES=4"})
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [(name, []) for name in ONCE]
+        for isa, flags in isas.items():
+            jobs += [(name, [f"-DKERNEL={isa}", *flags.split()]) for name in PER_ISA]
+
+        def compile_one(number: int) -> str:
+            name, flags = jobs[number]
+            out = f"{folder}/{number}.o"
+            _run([*cc, *FLAGS, *flags, *extra, "-c", str(NATIVE / name), "-o", out])
+            return out
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, range(len(jobs))))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # to its final name in one step: a running process may have the old one mapped
+        fresh = library.with_suffix(".fresh")
+        _run([*cc, "-shared", "-pthread", *extra, *objects, "-o", str(fresh)])
+        fresh.replace(library)
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class BuildWithKernel(build_py):
+    """`build_py` that also compiles the kernel: beside its sources for an editable install, else into the build."""
+
+    def run(self) -> None:
+        super().run()
+        cc = compiler()
+        library = Path(LIBRARY) if self.editable_mode else Path(self.build_lib) / LIBRARY
+        if cc is None:
+            _absent("no C compiler was found")
+            return
+        try:
+            build_kernel(cc, library)
+        except subprocess.CalledProcessError as error:
+            _absent(f"{shlex.join(error.cmd)} failed:\n{error.stderr}")
+        except OSError as error:
+            _absent(f"{cc[0]} cannot be run: {error}")
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        library = Path(self.build_lib) / LIBRARY
+        return super().get_outputs(include_bytecode) + ([str(library)] if library.exists() else [])
+
+
+def _absent(reason: str) -> None:
+    print(
+        f"glade: the fast CPU backend of linear attention is left out, torch serves instead: {reason}", file=sys.stderr
+    )
+
+
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return compiler() is not None
+
+
+class PlatformWheel(bdist_wheel):
+    """The library is called by ctypes: the wheel depends on the platform, not on the version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+if __name__ == "__main__":
+    setup(
+        distclass=PlatformDistribution,
+        cmdclass={"build_py": BuildWithKernel, "bdist_wheel": PlatformWheel},
+    )
