@@ -82,11 +82,18 @@ def register(
     def setup_context(ctx, inputs, output):
         *tensors, scale, state, cu_seqlens, _ = inputs
         ctx.scale, ctx.num_kept = scale, len(output) - 2
+        # else autograd fills zeros as large as everything that was kept, for gradients that nobody reads
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, state, cu_seqlens, *output[2:])
 
     def backward_of(ctx, grads):
         q, k, v, g, erase, write, state, cu_seqlens, *kept = ctx.saved_tensors
         do, d_final = grads[0], grads[1]
+        if do is None:
+            do = torch.zeros_like(v)
+        if d_final is None:
+            rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            d_final = v.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(v))
         gradients = iter(d_op(do, d_final, q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, kept))
         dq, dk, dv, dg, d_erase, d_write, d_state = (
             None if x is None else next(gradients) for x in (q, k, v, g, erase, write, state)

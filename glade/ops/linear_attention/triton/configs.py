@@ -1,8 +1,8 @@
 """Block sizes, warps and stages: one table by dtype and sizes, found by measurement; nothing is searched at run time.
 
-Measured on one H200 (sm_90), H = 16, K = V = 128, 32,768 tokens. Chunks of 32 tokens let several programs share a
-processor where a program takes a chunk, which is most of the time (prepare 0.74 against 1.34 ms, keys 2.3 against 3.5);
-where there are few heads the pass over states is what counts, and chunks of 64 halve its steps.
+Measured on one H200 (sm_90), H = 16, K = V = 128, 32,768 tokens, GDN-2. Chunks of 32 tokens let several programs share
+a processor in the kernels that take a chunk each, which is most of the time (prepare 0.74 ms against 1.34 with chunks
+of 64).
 """
 
 from typing import NamedTuple
@@ -11,12 +11,11 @@ import torch
 
 # fewer programs than this leave processors of an H100 or H200 without one
 MULTIPROCESSORS = 120
-FEW_HEADS = 8
 
 
 class Launch(NamedTuple):
     block: int  # channels a program takes (at a time)
-    warps: int
+    warps: int  # keys: at most one for 16 channels. With more, Triton 3.6 makes wrong code of that kernel
     stages: int = 1
     block_v: int = 64  # keys only: value channels at a time
 
@@ -32,8 +31,8 @@ class Config(NamedTuple):
     keys: Launch
 
 
-def config_for(dtype: torch.dtype, num_tokens: int, num_heads: int, KP: int) -> Config:
-    """The table's row for `num_heads` heads in all sequences together and KP key channels (a power of two).
+def config_for(dtype: torch.dtype, num_tokens: int, KP: int) -> Config:
+    """The table's row for KP key channels (a power of two).
 
     bf16 has a path of its own. fp32 shares one with fp16, whose range is too small for states: everything in fp32,
     products as three tf32 products each.
@@ -47,18 +46,7 @@ def config_for(dtype: torch.dtype, num_tokens: int, num_heads: int, KP: int) -> 
             prepare=Launch(32, 4),
             states=Launch(16, 4),
             values=Launch(32, 4),
-            keys=Launch(32, 4, 1, 32),
-        )
-    if num_heads <= FEW_HEADS and KP <= 128:
-        return Config(
-            chunk=_chunk(num_tokens, 64),
-            dtype=torch.bfloat16,
-            sum_dtype=torch.float32,
-            precision="ieee",
-            prepare=Launch(128, 8),
-            states=Launch(16, 4, 3),
-            values=Launch(64, 4, 2),
-            keys=Launch(64, 8, 2, 64),
+            keys=Launch(32, 2, 1, 32),
         )
     return Config(
         chunk=_chunk(num_tokens, 32),
@@ -68,7 +56,7 @@ def config_for(dtype: torch.dtype, num_tokens: int, num_heads: int, KP: int) -> 
         prepare=Launch(64, 2),
         states=Launch(64 if KP <= 128 else 32, 4, 3),
         values=Launch(128, 4),
-        keys=Launch(64, 4, 2, 64),
+        keys=Launch(32, 2, 2, 64),
     )
 
 

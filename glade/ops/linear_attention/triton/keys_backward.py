@@ -13,6 +13,9 @@ Then dk = dk' + erase de, d_erase = k de, and per channel
 Gradients that are summed over channels (those of scalar gates) are written for each block of channels.
 """
 
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import triton
 import triton.language as tl
 
@@ -20,11 +23,11 @@ from glade.ops.linear_attention.triton.tiles import (
     NONE,
     SCALAR,
     VECTOR,
-    anchors,
     chunk_tokens,
     level_pairs,
-    load_gate,
-    load_rows,
+    load_columns,
+    split_logs,
+    to_anchor,
     token_head,
 )
 
@@ -75,39 +78,43 @@ def keys_backward_kernel(
         dg += of_block
         last = tl.load(G + C - 1)
 
-    q_sum = tl.zeros([C, BK], tl.float32)
-    e_sum = tl.zeros([C, BK], tl.float32)
-    k_sum = tl.zeros([C, BK], tl.float32)
+    # Tiles are channels by rows: the registers that hold a product are then the left side of the next one as they are.
+    q_sum = tl.zeros([BK, C], tl.float32)
+    e_sum = tl.zeros([BK, C], tl.float32)
+    k_sum = tl.zeros([BK, C], tl.float32)
     for first_v in tl.range(0, VP, BV, num_stages=STAGES):
         values = first_v + tl.arange(0, BV)
-        inside = (rows < live)[:, None] & (values < V)[None, :]
-        d_out = tl.load(do + rows[:, None] * (HV * V) + values[None, :], mask=inside, other=0.0).to(DTYPE)
-        chunk_at = rows[:, None] * VP + values[None, :]
-        state_at = columns[None, :] * VP + values[:, None]
+        inside = (values < V)[:, None] & (rows < live)[None, :]
+        d_out = tl.load(do + values[:, None] + rows[None, :] * (HV * V), mask=inside, other=0.0).to(DTYPE)
+        chunk_at = values[:, None] + rows[None, :] * VP
+        state_at = columns[:, None] * VP + values[None, :]
         S = tl.load(S_before + state_at)
-        q_sum = tl.dot(d_out, S, q_sum, input_precision=PRECISION)
+        q_sum = tl.dot(S, d_out, q_sum, input_precision=PRECISION)
         if ERASE != NONE:
-            e_sum = tl.dot(tl.load(dR + chunk_at), S, e_sum, input_precision=PRECISION)
-        k_sum = tl.dot(tl.load(R + chunk_at), tl.load(dS_after + state_at), k_sum, input_precision=PRECISION)
+            e_sum = tl.dot(S, tl.load(dR + chunk_at), e_sum, input_precision=PRECISION)
+        k_sum = tl.dot(tl.load(dS_after + state_at), tl.load(R + chunk_at), k_sum, input_precision=PRECISION)
 
-    q_tile = load_rows(q, q_strides, rows, live, columns, K).to(DTYPE)
-    k_tile = load_rows(k, k_strides, rows, live, columns, K).to(DTYPE)
+    q_tile = load_columns(q, q_strides, rows, live, columns, K).to(DTYPE)
+    k_tile = load_columns(k, k_strides, rows, live, columns, K).to(DTYPE)
+    if ERASE == VECTOR:
+        gate = load_columns(erase, erase_strides, rows, live, columns, K).to(tl.float32)
+    elif ERASE == SCALAR:
+        gate = tl.load(erase + rows * erase_strides[1], mask=rows < live, other=0.0).to(tl.float32)[None, :]
     if ERASE != NONE:
-        gate = load_gate(erase, erase_strides, rows, live, columns, K, ERASE)
         e_tile = (gate * k_tile.to(tl.float32)).to(DTYPE)
     q_sum *= scale
     if GATE == VECTOR:
-        sums = tl.load(G + rows[:, None] * KP + columns[None, :])
+        sums = tl.load(G + columns[:, None] + rows[None, :] * KP)
         to_row = tl.exp2(sums.to(tl.float32))
         q_sum *= to_row
         e_sum *= -to_row
-        k_sum *= tl.exp2((last[None, :] - sums).to(tl.float32))
+        k_sum *= tl.exp2((last[:, None] - sums).to(tl.float32))
     elif GATE == SCALAR:
         sums = tl.load(G + rows)
-        to_row = tl.exp2(sums.to(tl.float32))[:, None]
+        to_row = tl.exp2(sums.to(tl.float32))[None, :]
         q_sum *= to_row
         e_sum *= -to_row
-        k_sum *= tl.exp2((last - sums).to(tl.float32))[:, None]
+        k_sum *= tl.exp2((last - sums).to(tl.float32))[None, :]
     else:
         e_sum = -e_sum
     if GATE != NONE:
@@ -115,52 +122,51 @@ def keys_backward_kernel(
         onward = tl.zeros([BK], tl.float32)
         for part in tl.static_range(0, NUM_CARRIED):
             onward += tl.load(carried + (tile * NUM_CARRIED + part) * KP + columns)
-        onward = onward * tl.exp2(last.to(tl.float32)) + tl.sum(k_tile.to(tl.float32) * k_sum, 0)
+        onward = onward * tl.exp2(last.to(tl.float32)) + tl.sum(k_tile.to(tl.float32) * k_sum, 1)
 
     square = rows[:, None] * C + rows[None, :]
     transposed = rows[None, :] * C + rows[:, None]
     d_products, d_products_T = tl.load(dP + square), tl.load(dP + transposed)
     if ERASE != NONE:
         d_lower, d_lower_T = tl.load(dT + square), tl.load(dT + transposed)
+    later, earlier = rows[:, None], rows[None, :]
     if GATE == VECTOR:
+        row_before = tl.load(G + columns[:, None] + (rows[None, :] - 1) * KP, mask=(rows > 0)[None, :], other=0.0)
+        logs, rest_of_logs = split_logs(sums - row_before, DTYPE)
         for level in tl.range(0, LEVELS, num_stages=1):
-            anchor_sums = tl.load(G + anchors(rows, level)[:, None] * KP + columns[None, :])
-            x = tl.exp2(-tl.abs(sums - anchor_sums).to(tl.float32))
-            pairs, pairs_T = (
-                level_pairs(rows[:, None], rows[None, :], level),
-                level_pairs(rows[None, :], rows[:, None], level),
-            )
+            on_the_way = tl.where(to_anchor(rows[None, :], rows[:, None], level), 1.0, 0.0).to(DTYPE)
+            exponent = tl.dot(logs, on_the_way, input_precision=PRECISION)
+            exponent = tl.dot(rest_of_logs, on_the_way, exponent, input_precision=PRECISION)
+            x = tl.exp2(tl.minimum(exponent, 0.0))
+            pairs, pairs_T = level_pairs(later, earlier, level), level_pairs(earlier, later, level)
             xk = (k_tile.to(tl.float32) * x).to(DTYPE)
             xq = (q_tile.to(tl.float32) * x).to(DTYPE)
-            dp = tl.where(pairs, d_products.to(tl.float32), 0.0).to(DTYPE)
-            dp_T = tl.where(pairs_T, d_products_T.to(tl.float32), 0.0).to(DTYPE)
-            q_sum += x * tl.dot(dp, xk, input_precision=PRECISION)
-            to_k = tl.dot(dp_T, xq, input_precision=PRECISION)
+            dp, dp_T = tl.where(pairs, d_products, 0.0), tl.where(pairs_T, d_products_T, 0.0)
+            q_sum += x * tl.dot(xk, dp_T, input_precision=PRECISION)
+            to_k = tl.dot(xq, dp, input_precision=PRECISION)
             if ERASE != NONE:
                 xe = (e_tile.to(tl.float32) * x).to(DTYPE)
-                dt = tl.where(pairs, d_lower.to(tl.float32), 0.0).to(DTYPE)
-                dt_T = tl.where(pairs_T, d_lower_T.to(tl.float32), 0.0).to(DTYPE)
-                e_sum += x * tl.dot(dt, xk, input_precision=PRECISION)
-                to_k = tl.dot(dt_T, xe, to_k, input_precision=PRECISION)
+                dt, dt_T = tl.where(pairs, d_lower, 0.0), tl.where(pairs_T, d_lower_T, 0.0)
+                e_sum += x * tl.dot(xk, dt_T, input_precision=PRECISION)
+                to_k = tl.dot(xe, dt, to_k, input_precision=PRECISION)
             k_sum += x * to_k
     else:
-        before, behind = rows[:, None] > rows[None, :], rows[:, None] < rows[None, :]
         if GATE == SCALAR:
             apart = tl.exp2(-tl.abs(sums[:, None] - sums[None, :]).to(tl.float32))
         else:
             apart = tl.full([C, C], 1.0, tl.float32)
-        dp = tl.where(before, d_products.to(tl.float32) * apart, 0.0).to(DTYPE)
-        dp_T = tl.where(behind, d_products_T.to(tl.float32) * apart, 0.0).to(DTYPE)
-        q_sum = tl.dot(dp, k_tile, q_sum, input_precision=PRECISION)
-        k_sum = tl.dot(dp_T, q_tile, k_sum, input_precision=PRECISION)
+        dp = tl.where(later > earlier, d_products.to(tl.float32) * apart, 0.0).to(DTYPE)
+        dp_T = tl.where(earlier > later, d_products_T.to(tl.float32) * apart, 0.0).to(DTYPE)
+        q_sum = tl.dot(k_tile, dp_T, q_sum, input_precision=PRECISION)
+        k_sum = tl.dot(q_tile, dp, k_sum, input_precision=PRECISION)
         if ERASE != NONE:
-            dt = tl.where(before, d_lower.to(tl.float32) * apart, 0.0).to(DTYPE)
-            dt_T = tl.where(behind, d_lower_T.to(tl.float32) * apart, 0.0).to(DTYPE)
-            e_sum = tl.dot(dt, k_tile, e_sum, input_precision=PRECISION)
-            k_sum = tl.dot(dt_T, e_tile, k_sum, input_precision=PRECISION)
+            dt = tl.where(later > earlier, d_lower.to(tl.float32) * apart, 0.0).to(DTYPE)
+            dt_T = tl.where(earlier > later, d_lower_T.to(tl.float32) * apart, 0.0).to(DTYPE)
+            e_sum = tl.dot(k_tile, dt_T, e_sum, input_precision=PRECISION)
+            k_sum = tl.dot(e_tile, dt, k_sum, input_precision=PRECISION)
 
-    inside = (rows < live)[:, None] & (columns < K)[None, :]
-    at = rows[:, None] * (HV * K) + columns[None, :]
+    inside = (columns < K)[:, None] & (rows < live)[None, :]
+    at = columns[:, None] + rows[None, :] * (HV * K)
     wide_q, wide_k = q_tile.to(tl.float32), k_tile.to(tl.float32)
     if GATE != NONE:
         # the diagonal pairs, which do not decay, are not in these sums yet
@@ -168,12 +174,12 @@ def keys_backward_kernel(
         if ERASE != NONE:
             per_row += gate * wide_k * e_sum
         if GATE == VECTOR:
-            gradient = tl.cumsum(per_row, 0, reverse=True) + onward[None, :]
+            gradient = tl.cumsum(per_row, 1, reverse=True) + onward[:, None]
             tl.store(dg + at, gradient.to(dg.dtype.element_ty), mask=inside)
         else:
-            gradient = tl.cumsum(tl.sum(per_row, 1), 0, reverse=True) + tl.sum(onward, 0)
+            gradient = tl.cumsum(tl.sum(per_row, 0), 0, reverse=True) + tl.sum(onward, 0)
             tl.store(dg + rows * HV, gradient, mask=rows < live)
-    with_itself = tl.load(dP + rows * C + rows).to(tl.float32)[:, None]
+    with_itself = tl.load(dP + rows * C + rows).to(tl.float32)[None, :]
     tl.store(dq + at, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)
     k_sum += with_itself * wide_q
     if ERASE != NONE:
@@ -181,5 +187,5 @@ def keys_backward_kernel(
         if ERASE == VECTOR:
             tl.store(d_erase + at, (wide_k * e_sum).to(d_erase.dtype.element_ty), mask=inside)
         else:
-            tl.store(d_erase + rows * HV, tl.sum(wide_k * e_sum, 1), mask=rows < live)
+            tl.store(d_erase + rows * HV, tl.sum(wide_k * e_sum, 0), mask=rows < live)
     tl.store(dk + at, k_sum.to(dk.dtype.element_ty), mask=inside)

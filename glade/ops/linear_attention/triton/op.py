@@ -6,6 +6,9 @@
 No program adds to what another writes, so that a call gives the same bits each time.
 """
 
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -38,8 +41,7 @@ class _Call:
         self.H, self.K = q.shape[2:]
         self.gate, self.erase, self.write = (kind_of(x, 4) for x in (g, erase, write))
         self.KP, self.VP = (max(16, triton.next_power_of_2(n)) for n in (self.K, self.V))
-        sequences = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.config: Config = config_for(v.dtype, self.T, sequences * self.HV, self.KP)
+        self.config: Config = config_for(v.dtype, self.T, self.KP)
         self.chunk = self.config.chunk
         self.dtype, self.sum_dtype = self.config.dtype, self.config.sum_dtype
         self.packed = cu_seqlens is not None
@@ -195,7 +197,7 @@ def _backward_keys(call: _Call, chunks: Chunks, do, q, k, g, erase, scale, kept:
             KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v),
             NUM_CARRIED=carried.shape[2], C=call.chunk, LEVELS=call.levels,
             GATE=call.gate, ERASE=call.erase, PACKED=call.packed, **call.types,
-            STAGES=launch.stages, num_warps=launch.warps,
+            STAGES=launch.stages, num_warps=min(launch.warps, BK // 16),
         )  # fmt: skip
     if group > 1:
         dq, dk = (x.unflatten(2, (call.H, group)).sum(3).to(q.dtype) for x in (dq, dk))

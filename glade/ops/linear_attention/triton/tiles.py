@@ -4,6 +4,9 @@ A gate is none (0), scalar (1) or vector (2), as compile-time constants. Logs of
 a chunk's logs up to and including a row is fp32 for bf16 inputs and fp64 otherwise.
 """
 
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import triton
 import triton.language as tl
 
@@ -55,6 +58,13 @@ def load_rows(x, strides, rows, live, columns, num_columns):
 
 
 @triton.jit
+def load_columns(x, strides, rows, live, columns, num_columns):
+    """`load_rows` transposed: [columns, rows]."""
+    inside = (columns < num_columns)[:, None] & (rows < live)[None, :]
+    return tl.load(x + columns[:, None] * strides[3] + rows[None, :] * strides[1], mask=inside, other=0.0)
+
+
+@triton.jit
 def load_gate(x, strides, rows, live, columns, num_columns, KIND: tl.constexpr):
     """A gate's rows in fp32, [rows, columns] or, where it is scalar, [rows, 1]."""
     if KIND == VECTOR:
@@ -83,6 +93,20 @@ def anchors(rows, level):
     """For each row, the first row of the later half of its block of 2 ** (level + 1) rows."""
     half = 1 << level
     return (rows | half) & -half
+
+
+@triton.jit
+def to_anchor(rows, others, level):
+    """Whether the log of `others` lies between a row and its anchor: after the earlier of the two, up to the later."""
+    anchor = anchors(rows, level)
+    return ((others > anchor) & (others <= rows)) | ((others > rows) & (others <= anchor))
+
+
+@triton.jit
+def split_logs(logs, DTYPE: tl.constexpr):
+    """A sum of two of DTYPE (16 bits of bf16's, all of fp32's): sums of logs are products with zeros and ones."""
+    high = logs.to(tl.float32).to(DTYPE)
+    return high, (logs - high.to(logs.dtype)).to(tl.float32).to(DTYPE)
 
 
 @triton.jit
