@@ -22,17 +22,28 @@ FOLDER = "glade/ops/linear_attention/cpu"
 LIBRARY = f"{FOLDER}/libglade_cpu.so"
 NATIVE = Path(__file__).parent / FOLDER / "native"
 
-FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = [
+    "-std=gnu11",
+    "-g0",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+]
 # sources compiled once for every instruction set, and once
 PER_ISA = ("forward.c", "backward.c", "step.c")
 ONCE = ("pool.c", "library.c")
-AVX512 = "-DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
-X86_64 = {"avx512": AVX512, "avx2": "-DLANES=8 -mavx2 -mfma", "baseline": "-DLANES=4"}
+# by the macro that a compiler for the processor defines
 ISAS = {
-    "x86_64": X86_64,
-    "amd64": X86_64,
-    "aarch64": {"neon": "-DLANES=4"},
-    "arm64": {"neon": "-DLANES=4"},
+    "__x86_64__": {
+        "avx512": "-DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+        "avx2": "-DLANES=8 -mavx2 -mfma",
+        "baseline": "-DLANES=4",
+    },
+    "__aarch64__": {"neon": "-DLANES=4"},
 }
 
 
@@ -51,8 +62,8 @@ def build_kernel(cc: list[str], library: Path, extra: tuple[str, ...] = ()) -> N
     Raises:
         subprocess.CalledProcessError: the compiler failed; `stderr` says why. OSError: it cannot be run.
     """
-    target = _run([*cc, "-dumpmachine"]).strip()
-    isas = ISAS.get(target.split("-")[0], {"baseline": "-DLANES=4"})
+    macros = _run([*cc, "-dM", "-E", "-x", "c", os.devnull])
+    isas = next((isas for macro, isas in ISAS.items() if f"#define {macro} " in macros), {"baseline": "-DLANES=4"})
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(name, []) for name in ONCE]
         for isa, flags in isas.items():

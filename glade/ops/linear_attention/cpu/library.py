@@ -17,14 +17,14 @@ _STEP = struct.Struct("=6q d 49q 4q")
 
 
 class Library:
-    """The loaded library at `path`, bound to the build named `isa` (the fastest that this processor runs if None).
+    """The library at `path` (None is `PATH`), bound to its build `isa` (None is the fastest that this processor runs).
 
     Raises:
         OSError: there is no library at `path`, or it cannot be loaded. ValueError: this processor cannot run `isa`.
     """
 
-    def __init__(self, path: Path = PATH, isa: str | None = None):
-        native = ctypes.CDLL(str(path))
+    def __init__(self, path: Path | None = None, isa: str | None = None):
+        native = ctypes.CDLL(str(path or PATH))
         native.glade_kernel_name.restype = ctypes.c_char_p
         native.glade_checkpoint.restype = ctypes.c_int64
         names = _names(native)
@@ -64,12 +64,12 @@ def _check(status: int) -> None:
     assert status == 0, status
 
 
-def _open(path: Path = PATH) -> tuple[Library | None, str | None]:
-    """The library at `path`, or why there is none."""
-    if not path.exists():
+def _open() -> tuple[Library | None, str | None]:
+    """The library of this installation, or why there is none."""
+    if not PATH.exists():
         return None, "was not built: no C compiler was found, or it failed, when the package was installed"
     try:
-        return Library(path), None
+        return Library(), None
     except OSError as error:
         return None, f"could not be loaded ({error})"
 

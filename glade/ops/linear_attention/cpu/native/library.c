@@ -3,6 +3,10 @@
 #include "kernel.h"
 #include "pool.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #define EXPORT __attribute__((visibility("default")))
 
 #define DECLARE(isa)                                                   \
@@ -34,16 +38,22 @@ static const Kernel kernels[] = {ROW(baseline)};
 
 enum { NUM_KERNELS = sizeof kernels / sizeof *kernels };
 
-static int runs_here(int index) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (index == 0)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (index == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    return index < NUM_KERNELS;
+/* asked here and not of the compiler's runtime, which not every compiler brings */
+static int runs_here(int index) {
+    unsigned a, b, c, d, low, high;
+    if (index == 2) return 1;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    /* which registers the operating system saves: 6 is SSE and AVX, e0 the three parts of AVX-512 */
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    unsigned wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    if (index == 0) return (low & 0xe6) == 0xe6 && (b & wide) == wide;
+    return (low & 6) == 6 && (b & bit_AVX2);
 }
+#else
+static int runs_here(int index) { return index < NUM_KERNELS; }
+#endif
 
 /* the name of build `index`, "" if this processor cannot run it, NULL past the last */
 EXPORT const char *glade_kernel_name(int index) {
