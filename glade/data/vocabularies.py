@@ -76,13 +76,13 @@ def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Ids 0 to 255 are the bytes of UTF-8, 256 is the end-of-document token."""
-    model = tokenizers.Tokenizer(models.BPE(vocab={c: b for b, c in enumerate(_byte_letters())}, merges=[]))
+    model = tokenizers.Tokenizer(models.BPE(vocab={c: b for b, c in enumerate(byte_letters())}, merges=[]))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.decoder = decoders.ByteLevel()
     return _with_eos(model)
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The printable letter that a byte-level BPE writes for each byte (GPT-2's table).
 
     Printable bytes stand for themselves; the others take the code points from 256 on, in order.

@@ -3,16 +3,15 @@
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from glade.data.tokenizer import Tokenizer
 from glade.errors import DataError
 from glade.infer.config import GenerateConfig, SamplingParams
 from glade.infer.decoding import Decoding
+from glade.infer.text import AnswerText, Finished
 from glade.interop.load import load
 from glade.model.lm import LanguageModel
-
-Finished = Literal["stop", "eos", "length"]
 
 
 class Event(NamedTuple):
@@ -28,61 +27,6 @@ class Event(NamedTuple):
     logprob: float  # nats, under the model before any sampling rule
     top: tuple[tuple[int, float], ...]
     finished: Finished | None
-
-
-class Stop:
-    """Finds the first of several stop texts in text that arrives in pieces, and holds back what could become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
-        self.held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that is now certain, and whether a stop text ended it."""
-        self.held += text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            return self.held[: min(found)], True
-        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
-        certain = self.held[: len(self.held) - keep]
-        self.held = self.held[len(certain) :]
-        return certain, False
-
-    def flush(self) -> str:
-        """What was held back, once no more text comes."""
-        rest, self.held = self.held, ""
-        return rest
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    return next(size for size in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:size]))
-
-
-class _Row:
-    """One row's way from ids to text."""
-
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self.decoder = tokenizer.decoder()
-        self.stop = Stop(params.stop)
-        self.eos_id = tokenizer.eos_id
-        self.left = params.max_new_tokens
-
-    def push(self, token_id: int) -> tuple[str, Finished | None]:
-        self.left -= 1
-        if token_id == self.eos_id:
-            return self._end("", "eos")
-        text, stopped = self.stop.push(self.decoder.push(token_id))
-        if stopped:
-            return text, "stop"
-        return self._end(text, "length") if self.left == 0 else (text, None)
-
-    def _end(self, text: str, reason: Finished) -> tuple[str, Finished]:
-        # the decoder's last, incomplete character can still complete a stop text
-        last, stopped = self.stop.push(self.decoder.flush())
-        if stopped:
-            return text + last, "stop"
-        return text + last + self.stop.flush(), reason
 
 
 def stream(
@@ -105,10 +49,14 @@ def stream(
 
 def decode_text(decoding: Decoding, tokenizer: Tokenizer) -> Iterator[Event]:
     """The events of a `Decoding` until every row has finished; it is left with the state and the unread tokens."""
-    rows = {row: _Row(tokenizer, decoding.params) for row in decoding.rows}
+    rows = {row: AnswerText(tokenizer, decoding.params.stop) for row in decoding.rows}
+    drawn = 0
     while rows:
+        drawn += 1
+        at_length = "length" if drawn == decoding.params.max_new_tokens else None
         for token in decoding.step():
-            text, finished = rows[token.row].push(token.id)
+            ended = "eos" if token.id == tokenizer.eos_id else at_length
+            text, _, finished = rows[token.row].push(token.id, ended=ended)
             if finished:
                 del rows[token.row]
             yield Event(token.row, token.id, text, token.logprob, token.top, finished)

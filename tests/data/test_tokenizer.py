@@ -286,7 +286,7 @@ def test_sentencepiece_files_that_cannot_be_converted(tmp_path: Path) -> None:
 def test_gpt2_from_a_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"vocab\.bpe"):
         Tokenizer.build(str(tmp_path))
-    letters = vocabularies._byte_letters()
+    letters = vocabularies.byte_letters()
     vocab = {c: i for i, c in enumerate(letters)} | {"ab": 256, vocabularies.EOS: 257}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")

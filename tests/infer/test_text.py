@@ -17,7 +17,8 @@ from glade.data.tokenizer import Tokenizer
 from glade.errors import CheckpointError, ConfigError, DataError
 from glade.infer import generate as verb
 from glade.infer.config import GenerateConfig, SamplingParams
-from glade.infer.generate import Event, Stop, generate, stream
+from glade.infer.generate import Event, generate, stream
+from glade.infer.text import AnswerText, Stop, TextToken, TokenBytes
 from glade.model.state import State
 
 BYTES = Tokenizer.build("byte")
@@ -133,6 +134,41 @@ def test_no_event_holds_half_a_character() -> None:
     assert [event.text for event in got] == ["a", "", "é", "", "", "漢", "", "", "", "🙂", "b", ""]
     cut = events("é", max_new_tokens=1)
     assert [event.text for event in cut] == ["\ufffd"]  # the length cut it: what came is shown
+
+
+def answer(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str]) -> tuple[str, list[TextToken]]:
+    text, shown, tokens = AnswerText(tokenizer, stop), "", []
+    for at, id in enumerate(ids):
+        ended = "eos" if id == tokenizer.eos_id else "length" if at == len(ids) - 1 else None
+        piece = text.push(id, -float(at), ((id, -float(at)),), ended=ended)
+        shown += piece.text
+        tokens += piece.tokens
+        assert all(token.start <= len(shown) for token in tokens)
+        if piece.finished:
+            break
+    return shown, tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "shown"),
+    [("aé漢b", [], "aé漢b"), ("one\n\ntwo", ["\n\n"], "one"), ("half sto", ["stop"], "half sto"), ("né", ["é"], "n")],
+)
+def test_every_token_of_the_text_shown_is_reported_once(text: str, stops: list[str], shown: str) -> None:
+    got, tokens = answer(BYTES, script(text), stops)
+    assert got == shown
+    assert [token.id for token in tokens] == BYTES.encode(shown)
+    assert [token.logprob for token in tokens] == [-float(at) for at in range(len(tokens))]
+    starts = [len(bytes(BYTES.encode(shown)[:at]).decode(errors="ignore")) for at in range(len(tokens))]
+    assert [token.start for token in tokens] == starts
+
+
+@pytest.mark.parametrize("spec", ["byte", "gpt2", "mistral", "char"])
+def test_the_bytes_of_tokens_make_the_text(spec: str) -> None:
+    text = "Hello there,  wörld 漢字 🙂\n<0x0A>"
+    tokenizer = Tokenizer.build(spec, [text])
+    pieces = [TokenBytes(tokenizer)[id] for id in tokenizer.encode(text)]
+    assert b"".join(pieces).decode().removeprefix(" ") == text
+    assert TokenBytes(tokenizer)[tokenizer.eos_id] == tokenizer.eos.encode()
 
 
 def test_rows_of_several_lengths_leave_the_batch_as_they_end() -> None:
