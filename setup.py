@@ -1,7 +1,7 @@
-"""Builds the CPU kernel of linear attention where a C compiler is; everything else is in pyproject.toml.
+"""Builds the CPU kernels where a C compiler is; everything else is in pyproject.toml.
 
-The kernel is a plain shared library that Python loads with ctypes, so one wheel serves every Python 3. Without a
-compiler the package installs all the same, and says that this backend is absent. `CC` names another compiler.
+They are one plain shared library that Python loads with ctypes, so one wheel serves every Python 3. Without a
+compiler the package installs all the same, and says that these backends are absent. `CC` names another compiler.
 """
 
 import os
@@ -18,9 +18,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
-FOLDER = "glade/ops/linear_attention/cpu"
+FOLDER = "glade/ops/native"
 LIBRARY = f"{FOLDER}/libglade_cpu.so"
-NATIVE = Path(__file__).parent / FOLDER / "native"
+SOURCES = Path(__file__).parent / FOLDER / "src"
 
 FLAGS = [
     "-std=gnu11",
@@ -33,9 +33,6 @@ FLAGS = [
     "-Wextra",
     "-Wno-psabi",
 ]
-# sources compiled once for every instruction set, and once
-PER_ISA = ("forward.c", "backward.c", "step.c")
-ONCE = ("pool.c", "library.c")
 # by the macro that a compiler for the processor defines
 ISAS = {
     "__x86_64__": {
@@ -57,7 +54,7 @@ def compiler() -> list[str] | None:
 
 
 def build_kernel(cc: list[str], library: Path, extra: tuple[str, ...] = ()) -> None:
-    """Compiles the kernel for every instruction set of the compiler's target, into one shared library.
+    """Compiles the kernels for every instruction set of the compiler's target, into one shared library.
 
     Raises:
         subprocess.CalledProcessError: the compiler failed; `stderr` says why. OSError: it cannot be run.
@@ -65,14 +62,15 @@ def build_kernel(cc: list[str], library: Path, extra: tuple[str, ...] = ()) -> N
     macros = _run([*cc, "-dM", "-E", "-x", "c", os.devnull])
     isas = next((isas for macro, isas in ISAS.items() if f"#define {macro} " in macros), {"baseline": "-DLANES=4"})
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [(name, []) for name in ONCE]
+        jobs = [(source, []) for source in sorted(SOURCES.glob("*/*.c")) if _once(source)]
         for isa, flags in isas.items():
-            jobs += [(name, [f"-DKERNEL={isa}", *flags.split()]) for name in PER_ISA]
+            per_isa = [f"-DKERNEL={isa}", *flags.split()]
+            jobs += [(source, per_isa) for source in sorted(SOURCES.glob("*/*.c")) if not _once(source)]
 
         def compile_one(number: int) -> str:
-            name, flags = jobs[number]
+            source, flags = jobs[number]
             out = f"{folder}/{number}.o"
-            _run([*cc, *FLAGS, *flags, *extra, "-c", str(NATIVE / name), "-o", out])
+            _run([*cc, *FLAGS, f"-I{SOURCES / 'common'}", *flags, *extra, "-c", str(source), "-o", out])
             return out
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -84,12 +82,17 @@ def build_kernel(cc: list[str], library: Path, extra: tuple[str, ...] = ()) -> N
         fresh.replace(library)
 
 
+def _once(source: Path) -> bool:
+    """Whether a source is compiled once: what all share, and the entry points. The others: once for each set."""
+    return source.parent.name == "common" or source.name == "entry.c"
+
+
 def _run(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 class BuildWithKernel(build_py):
-    """`build_py` that also compiles the kernel: beside its sources for an editable install, else into the build."""
+    """`build_py` that also compiles the kernels: beside their sources for an editable install, else into the build."""
 
     def run(self) -> None:
         super().run()
@@ -111,9 +114,7 @@ class BuildWithKernel(build_py):
 
 
 def _absent(reason: str) -> None:
-    print(
-        f"glade: the fast CPU backend of linear attention is left out, torch serves instead: {reason}", file=sys.stderr
-    )
+    print(f"glade: the fast CPU kernels are left out, torch serves instead: {reason}", file=sys.stderr)
 
 
 class PlatformDistribution(Distribution):

@@ -108,7 +108,7 @@ def _bar(console: Console) -> Progress:
 
 class _Wandb:
     def __init__(self, project: str, run: Path, config: Row) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  (an extra, not of `dev`)
 
         self._run = wandb.init(project=project, name=run.name, dir=str(run), config=config, resume="allow", id=run.name)
 

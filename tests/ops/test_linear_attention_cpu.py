@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from glade.errors import BackendError
+from glade.ops import native
 from glade.ops.linear_attention import dispatch, linear_attention, linear_attention_step_
-from glade.ops.linear_attention.cpu import library as native
 from glade.ops.linear_attention.cpu import op
 from glade.ops.linear_attention.parity import CORNERS, Shape, errors, failures, make_inputs, run_with_gradients
 

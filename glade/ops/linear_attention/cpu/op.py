@@ -1,26 +1,31 @@
 """Backend `cpu`: the recurrence in chunks of 16 tokens by the compiled kernel, forward, backward and decode step.
 
-The kernel's algebra and memory are described in docs/kernels.md, its arguments in native/call.h. A backward keeps, for
-each value head, the state before every 64 tokens (K * V * 4 bytes) and what each token wrote (V * 4 bytes a token, only
-where something is erased); everything else is computed again.
+The kernel's algebra and memory are described in docs/kernels.md, its arguments in native/src/linear_attention/call.h.
+A backward keeps, for each value head, the state before every 64 tokens (K * V * 4 bytes) and what each token wrote
+(V * 4 bytes a token, only where something is erased); everything else is computed again.
 """
 
+import struct
 import sys
 
 import torch
 from torch import Tensor
 
-from glade.ops.linear_attention.cpu import library as native
-from glade.ops.linear_attention.cpu.library import ABSENT
+from glade.ops import native
 from glade.ops.linear_attention.register import register
+from glade.ops.native import ABSENT, DTYPES, address, array
 from glade.ops.packing import document_borders
 
 __all__ = ["refuses", "run", "step_"]
 
-# tokens between two kept states, as in native/call.h
+# tokens between two kept states, as in call.h
 CHECKPOINT = 64
-assert native.LIBRARY is None or native.LIBRARY.checkpoint == CHECKPOINT
-_CODES = {torch.float32: 0, torch.bfloat16: 1}
+assert native.LIBRARY is None or native.LIBRARY.constant("glade_checkpoint") == CHECKPOINT
+
+# the records Call and Step of call.h; an Array is 7 numbers
+_CALL = struct.Struct("=8q d 42q 2q 7q 2q 49q 2q")
+_STEP = struct.Struct("=6q d 49q 4q")
+_NO_SUCH_SLOT = -2
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -54,9 +59,15 @@ def _library() -> native.Library:
     return native.LIBRARY
 
 
+def _check(status: int) -> None:
+    if status == _NO_SUCH_SLOT:
+        raise ValueError("slots name a row that the state does not have; they must lie in 0 .. rows - 1")
+    assert status == 0, status
+
+
 def _readable(x: Tensor) -> Tensor:
     """A tensor the kernel can read in place: fp32 or bf16, channels next to each other or broadcast."""
-    if x.dtype not in _CODES:
+    if x.dtype not in DTYPES:
         x = x.float()
     return x if x.dim() < 4 or x.shape[-1] <= 1 or x.stride(-1) in (0, 1) else x.contiguous()
 
@@ -65,24 +76,10 @@ def _readable_gates(*gates: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else _readable(x) for x in gates]
 
 
-def _array(x: Tensor | None) -> tuple[int, ...]:
-    """[B, T, heads, channels], or [B, T, heads] for a scalar gate, as `Array` of native/call.h."""
-    if x is None:
-        return ABSENT
-    if x.dim() == 3:
-        return (x.data_ptr(), _CODES[x.dtype], 1, *x.stride(), 1)
-    batch, token, head, channel = x.stride()
-    return (x.data_ptr(), _CODES[x.dtype], x.shape[3], batch, token, head, int(channel != 0))
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _head(q: Tensor, v: Tensor, borders: Tensor | None, scale: float) -> tuple[float, ...]:
     B, T, H, K = q.shape
     num_sequences = B if borders is None else len(borders) - 1
-    return (num_sequences, T, H, v.shape[2], K, v.shape[3], _address(borders), torch.get_num_threads(), scale)
+    return (num_sequences, T, H, v.shape[2], K, v.shape[3], address(borders), torch.get_num_threads(), scale)
 
 
 def _borders(cu_seqlens: Tensor | None, num_tokens: int) -> Tensor | None:
@@ -112,15 +109,16 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
     o = v.new_empty(v.shape)
     final = v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
     states, updates = (*kept, None, None)[:2]
-    _library().forward(
+    record = _CALL.pack(
         *_head(q, v, borders, scale),
-        *(number for x in (q, k, v, *gates) for number in _array(x)),
-        *(_address(x) for x in (state, final)),
-        *_array(o),
-        *(_address(x) for x in (states, updates)),
+        *(number for x in (q, k, v, *gates) for number in array(x)),
+        *(address(x) for x in (state, final)),
+        *array(o),
+        *(address(x) for x in (states, updates)),
         *(ABSENT * 7),
         *(0, 0),
     )
+    _check(_library().call("glade_forward", record))
     return [o.to(dtype), final, *kept]
 
 
@@ -141,15 +139,16 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     others = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, *gates)]
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     states, updates = (*kept, None)[:2]
-    _library().backward(
+    record = _CALL.pack(
         *_head(q, v, borders, scale),
-        *(number for x in (q, k, v, *gates) for number in _array(x)),
+        *(number for x in (q, k, v, *gates) for number in array(x)),
         *(0, 0),
         *ABSENT,
-        *(_address(x) for x in (states, updates)),
-        *(number for x in (do, dq, dk, *others) for number in _array(x)),
-        *(_address(x) for x in (d_final, d_state)),
+        *(address(x) for x in (states, updates)),
+        *(number for x in (do, dq, dk, *others) for number in array(x)),
+        *(address(x) for x in (d_final, d_state)),
     )
+    _check(_library().call("glade_backward", record))
     if group > 1:
         dq, dk = (x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
     gradients = [x for x in (dq, dk, *others) if x is not None]
@@ -168,11 +167,12 @@ def step_(q, k, v, g, erase, write, scale, state, slots) -> Tensor:
     table = state if gapless else state.contiguous()
     slots = None if slots is None else slots.contiguous()
     o = v.new_empty(v.shape)
-    _library().step(
+    record = _STEP.pack(
         *(B, H, HV, K, V, torch.get_num_threads(), scale),
-        *(number for x in (q, k, v, *gates, o) for number in _array(x)),
-        *(table.data_ptr(), table.stride(0), len(table), _address(slots)),
+        *(number for x in (q, k, v, *gates, o) for number in array(x)),
+        *(table.data_ptr(), table.stride(0), len(table), address(slots)),
     )
+    _check(_library().call("glade_step", record))
     if not gapless:
         state.copy_(table)
     return o.squeeze(1).to(dtype)

@@ -3,10 +3,11 @@
 #define GLADE_KERNEL_H
 
 #include "call.h"
+#include "isa.h"
+#include "underflow.h"
 
 /* A task is an index below num_tasks; which thread runs it, and when, changes no bit of the results. */
 typedef struct {
-    const char *name;
     /* floats of working memory that one thread needs */
     size_t (*forward_floats)(const Call *);
     size_t (*backward_floats)(const Call *);
@@ -18,11 +19,6 @@ typedef struct {
     long (*max_parts)(const Call *);
 } Kernel;
 
-/* KERNEL is given by the build: avx512, avx2, neon or baseline */
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
-#define NAME(function) JOIN(function, KERNEL)
-
 size_t NAME(forward_floats)(const Call *);
 size_t NAME(backward_floats)(const Call *);
 size_t NAME(step_floats)(const Step *);
@@ -30,33 +26,6 @@ void NAME(forward)(const Call *, long task, long parts, float *memory);
 void NAME(backward)(const Call *, long task, float *memory);
 void NAME(step)(const Step *, long task, float *memory);
 long NAME(max_parts)(const Call *);
-
-/* Numbers below 1e-38 become 0 while a kernel runs: a state that decays away would otherwise slow down some processors
- * a hundredfold. Returns what `restore_underflow` puts back. */
-static inline unsigned long flush_underflow(void) {
-#if defined(__x86_64__)
-    unsigned int before = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(before | 0x8000);
-    return before;
-#elif defined(__aarch64__)
-    unsigned long before;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
-    __asm__ volatile("msr fpcr, %0" : : "r"(before | 1ul << 24));
-    return before;
-#else
-    return 0;
-#endif
-}
-
-static inline void restore_underflow(unsigned long before) {
-#if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr((unsigned int)before);
-#elif defined(__aarch64__)
-    __asm__ volatile("msr fpcr, %0" : : "r"(before));
-#else
-    (void)before;
-#endif
-}
 
 /* calls f(..., gate, erases) with both as constants, so that each corner is compiled by itself */
 #define SPECIALISED(f, gate, erases, ...)                              \

@@ -1,13 +1,7 @@
-/* The entry points that Python calls, and the choice among the builds of the kernel. */
+/* The entry points that Python calls; `kernel` is the index of a build (glade_kernel_name). */
 #include "call.h"
 #include "kernel.h"
 #include "pool.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
-#define EXPORT __attribute__((visibility("default")))
 
 #define DECLARE(isa)                                                   \
     size_t forward_floats_##isa(const Call *);                         \
@@ -17,49 +11,12 @@
     void backward_##isa(const Call *, long, float *);                  \
     void step_##isa(const Step *, long, float *);                      \
     long max_parts_##isa(const Call *);
+EACH_ISA(DECLARE)
 
-#define ROW(isa)                                                                                           \
-    {#isa, forward_floats_##isa, backward_floats_##isa, step_floats_##isa, forward_##isa, backward_##isa, \
-     step_##isa, max_parts_##isa}
-
-/* the fastest first */
-#if defined(__x86_64__)
-DECLARE(avx512)
-DECLARE(avx2)
-DECLARE(baseline)
-static const Kernel kernels[] = {ROW(avx512), ROW(avx2), ROW(baseline)};
-#elif defined(__aarch64__)
-DECLARE(neon)
-static const Kernel kernels[] = {ROW(neon)};
-#else
-DECLARE(baseline)
-static const Kernel kernels[] = {ROW(baseline)};
-#endif
-
-enum { NUM_KERNELS = sizeof kernels / sizeof *kernels };
-
-#if defined(__x86_64__)
-/* asked here and not of the compiler's runtime, which not every compiler brings */
-static int runs_here(int index) {
-    unsigned a, b, c, d, low, high;
-    if (index == 2) return 1;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    /* which registers the operating system saves: 6 is SSE and AVX, e0 the three parts of AVX-512 */
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    unsigned wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-    if (index == 0) return (low & 0xe6) == 0xe6 && (b & wide) == wide;
-    return (low & 6) == 6 && (b & bit_AVX2);
-}
-#else
-static int runs_here(int index) { return index < NUM_KERNELS; }
-#endif
-
-/* the name of build `index`, "" if this processor cannot run it, NULL past the last */
-EXPORT const char *glade_kernel_name(int index) {
-    if (index >= NUM_KERNELS) return NULL;
-    return runs_here(index) ? kernels[index].name : "";
-}
+#define ROW(isa)                                                                                     \
+    {forward_floats_##isa, backward_floats_##isa, step_floats_##isa, forward_##isa, backward_##isa, \
+     step_##isa, max_parts_##isa},
+static const Kernel kernels[] = {EACH_ISA(ROW)};
 
 EXPORT int64_t glade_checkpoint(void) { return CHECKPOINT; }
 

@@ -1,18 +1,8 @@
-/* What Python hands over: one call of linear attention, forward or backward, as plain numbers (see ../library.py). */
+/* What Python hands over: one call of linear attention, forward or backward, as plain numbers (packed in glade/ops/linear_attention/cpu/op.py). */
 #ifndef GLADE_CALL_H
 #define GLADE_CALL_H
 
-#include <stddef.h>
-#include <stdint.h>
-
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
-
-/* A tensor [batch, token, head, channel]; strides count elements. `width` is 1 for one number a head, else the number
- * of channels; the channel stride is 1, or 0 for a broadcast. Absent: data is NULL. */
-typedef struct {
-    char *data;
-    int64_t dtype, width, batch, token, head, channel;
-} Array;
+#include "array.h"
 
 typedef struct {
     int64_t num_sequences, num_tokens, num_heads, num_value_heads, key_dim, value_dim;
