@@ -25,10 +25,21 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout or 0.0)
 
     def forward(
-        self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, *, return_state: bool = True
+        self,
+        x: Tensor,
+        state: Any = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        return_state: bool = True,
+        only_read: bool = False,
     ) -> tuple[Tensor, Any, Tensor | None]:
-        """x [B, T, D] -> x, the mixer's state, and the load-balancing loss of a mixture of experts."""
+        """x [B, T, D] -> x, the mixer's state, and the load-balancing loss of a mixture of experts.
+
+        With `only_read` the state is all that is wanted: x is returned as it came, and there is no load to balance.
+        """
         y, state = self.mixer(self.mixer_norm(x) if self.pre else x, state, cu_seqlens, return_state=return_state)
+        if only_read:
+            return x, state, None
         x, load_balance = self._feed_forward(self._add(x, y, self.mixer_norm))
         return x, state, load_balance
 

@@ -56,7 +56,7 @@ class LanguageModel(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         targets: Tensor | None = None,
-        logits: Literal["all", "last"] = "all",
+        logits: Literal["all", "last", "none"] = "all",
         return_state: bool = True,
     ) -> tuple[Tensor, State]:
         """Read tokens; say what comes next.
@@ -68,7 +68,8 @@ class LanguageModel(nn.Module):
                         border; `state` and the returned one have a row per document
             targets:    [B, T], the token after each; negative: none. The losses take the logits' place, and the
                         logits are never whole in memory
-            logits:     "all", or "last": of the last token of each row (each document) alone
+            logits:     "all"; "last": of the last token of each row (each document) alone; "none": [B, 0, vocab_size],
+                        for a text that is only read, which then costs no head and no last feed-forward network
             return_state: False leaves out the layers' states, when nothing will be read on: packed documents under
                         full attention would pay for N times the longest one
 
@@ -91,7 +92,8 @@ class LanguageModel(nn.Module):
         layers, load_balances = [], []
         for i, block in enumerate(self.layers):
             before = None if state is None else state.layers[i]
-            x, layer, load_balance = block(x, before, cu_seqlens, return_state=return_state)
+            only_read = logits == "none" and i == len(self.layers) - 1
+            x, layer, load_balance = block(x, before, cu_seqlens, return_state=return_state, only_read=only_read)
             if return_state:
                 layers.append(layer)
             if load_balance is not None:
@@ -100,7 +102,9 @@ class LanguageModel(nn.Module):
         after = State(tuple(layers), position, self._weigh(load_balances))
         if targets is not None:
             return linear_cross_entropy(self.final_norm(x), self._head(), targets, bias=self._padding_bias()), after
-        if logits == "last":
+        if logits == "none":
+            x = x[:, :0]
+        elif logits == "last":
             x = x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].to(torch.int64) - 1]
         return self._logits(x), after
 
@@ -235,12 +239,10 @@ class LanguageModel(nn.Module):
     ) -> None:
         if ids.dim() != 2:
             raise ValueError(f"ids has shape {list(ids.shape)}; give [B, T]")
-        if logits not in ("all", "last"):
-            raise ValueError(f"logits is {logits!r}; give 'all' or 'last'")
-        if targets is not None and logits == "last":
-            raise ValueError(
-                "targets ask for the loss of every token and logits='last' for one a row; give one of them"
-            )
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f"logits is {logits!r}; give 'all', 'last' or 'none'")
+        if targets is not None and logits != "all":
+            raise ValueError(f"targets ask for the loss of every token, logits={logits!r} for less; give one of them")
         self._check_ids(ids, "ids")
         if targets is not None and self.config.vocab_rows != self.config.vocab_size:
             self._check_ids(targets.clamp_min(0), "targets")
