@@ -1,8 +1,15 @@
 """From logits to the next token ids: a pure function, its noise included. Knows nothing of models or text."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from glade.infer.config import SamplingParams
+
+# tokens among which a nucleus is sought first
+_NARROW = 256
 _UINT32 = 0xFFFFFFFF
 
 
@@ -42,23 +49,66 @@ def sample(
     """
     if logits.dim() != 2:
         raise ValueError(f"logits are {list(logits.shape)}; expected [B, vocab]")
-    scores = logits.float()
-    penalty = _column(repetition_penalty, scores)
-    if bool((penalty != 1).any()):
-        if seen is None:
-            raise ValueError("repetition_penalty is not 1, and seen is None; pass the token counts, [B, vocab]")
-        scores = penalize(scores, seen, penalty)
-    greedy = scores.argmax(dim=-1)
-    heat = _column(temperature, scores)
-    cold = heat[:, 0] == 0
-    if bool(cold.all()):
-        return greedy
-    if noise is None:
+    columns = (_column(x, logits) for x in (temperature, top_k, top_p, min_p, repetition_penalty))
+    rules = _rules(*columns, vocab=logits.shape[1])
+    if rules.penalized and seen is None:
+        raise ValueError("repetition_penalty is not 1, and seen is None; pass the token counts, [B, vocab]")
+    if rules.drawn and noise is None:
         raise ValueError("temperature is not 0, and noise is None; pass gumbel_noise(seeds, positions, vocab)")
+    return draw(logits, rules, seen, noise)
+
+
+class Rules(NamedTuple):
+    """The settings of `sample` for each of B rows, and what the host knows of them: what there is to do is never read
+    back from the device.
+    """
+
+    temperature: Tensor  # [B, 1]
+    top_k: Tensor  # [B, 1] int64
+    top_p: Tensor  # [B, 1]
+    min_p: Tensor  # [B, 1]
+    penalty: Tensor  # [B, 1]
+    drawn: bool  # some row has a temperature
+    penalized: bool  # some row has a repetition penalty
+    widest: int  # the most tokens that top-k and top-p of one row put in order; 0: every row keeps all
+
+
+def rules_of(params: Sequence[SamplingParams], vocab: int, device: torch.device) -> Rules:
+    """The rules of rows that draw with `params`."""
+    settings = [[p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty] for p in params]
+    # gathered on the host, where it is known what they hold, and sent as they are
+    rules = _rules(*torch.tensor(settings, dtype=torch.float64).view(-1, 5, 1).unbind(1), vocab=vocab)
+    return rules._replace(
+        temperature=rules.temperature.to(device, torch.float32),
+        top_k=rules.top_k.to(device, torch.int64),
+        top_p=rules.top_p.to(device, torch.float32),
+        min_p=rules.min_p.to(device, torch.float32),
+        penalty=rules.penalty.to(device, torch.float32),
+    )
+
+
+def _rules(temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, penalty: Tensor, *, vocab: int) -> Rules:
+    limited = (top_k > 0) & (top_k < vocab)
+    width = torch.where(limited, top_k, vocab) * ((limited | (top_p < 1)) & (temperature != 0))
+    drawn, penalized, widest = (temperature != 0).any(), (penalty != 1).any(), width.amax() if len(width) else 0
+    return Rules(temperature, top_k, top_p, min_p, penalty, bool(drawn), bool(penalized), int(widest))
+
+
+def draw(logits: Tensor, rules: Rules, seen: Tensor | None, noise: Tensor | None) -> Tensor:
+    """`sample` with its settings as `rules`; ids [B]. On a GPU it waits for nothing."""
+    scores = logits.float()
+    if rules.penalized:
+        assert seen is not None
+        scores = penalize(scores, seen, rules.penalty)
+    greedy = scores.argmax(dim=-1)
+    if not rules.drawn:
+        return greedy
+    assert noise is not None
     # from the maximum down, so that no temperature makes the best token infinite
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / torch.where(heat == 0, 1.0, heat)
-    scores = restrict(scores, top_k=top_k, top_p=top_p, min_p=min_p)
-    return torch.where(cold, greedy, (scores + noise).argmax(dim=-1))
+    cold = rules.temperature == 0
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / torch.where(cold, 1.0, rules.temperature)
+    scores = _restrict(scores, rules)
+    return torch.where(cold[:, 0], greedy, (scores + noise).argmax(dim=-1))
 
 
 def penalize(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -71,21 +121,44 @@ def restrict(
     scores: Tensor, *, top_k: int | Tensor = 0, top_p: float | Tensor = 1.0, min_p: float | Tensor = 0.0
 ) -> Tensor:
     """Scores [B, vocab] with every token that top-k, top-p or min-p (in this order) rules out set to -inf."""
-    k, p = _column(top_k, scores), _column(top_p, scores)
+    columns = (_column(x, scores) for x in (1.0, top_k, top_p, min_p, 1.0))
+    return _restrict(scores, _rules(*columns, vocab=scores.shape[1]))
+
+
+def _restrict(scores: Tensor, rules: Rules) -> Tensor:
     vocab = scores.shape[-1]
-    k = torch.where((k <= 0) | (k > vocab), vocab, k)
-    if bool((k < vocab).any() | (p < 1).any()):
-        # sorting the whole vocabulary is what costs: no further than the longest list that is kept
-        best, ids = scores.topk(int(k.max()), dim=-1)
-        rank = torch.arange(best.shape[-1], device=scores.device)
-        best = best.masked_fill(rank >= k, float("-inf"))
-        probability = best.softmax(dim=-1)
-        before = probability.cumsum(dim=-1) - probability
-        # rank 0 stays whatever rounding does to `before`; p = 1 keeps tails that rounding pushes to 1
-        best = best.masked_fill((before >= p) & (rank > 0) & (p < 1), float("-inf"))
-        scores = torch.full_like(scores, float("-inf")).scatter(-1, ids, best)
-    floor = scores.amax(dim=-1, keepdim=True) + _column(min_p, scores).log()
+    if rules.widest:
+        k = torch.where((rules.top_k <= 0) | (rules.top_k > vocab), vocab, rules.top_k)
+        kept = _nucleus(scores, k, rules.top_p, rules.widest)
+        scores = torch.where((k == vocab) & (rules.top_p >= 1), scores, kept)
+    floor = scores.amax(dim=-1, keepdim=True) + rules.min_p.log()
     return scores.masked_fill(scores < floor, float("-inf"))
+
+
+def _nucleus(scores: Tensor, k: Tensor, p: Tensor, widest: int, width: int | None = None) -> Tensor:
+    """Scores with all but the k best, and of these the fewest whose probabilities reach p, set to -inf.
+
+    A row that keeps everything may lose its tail. What another row keeps does not depend on the rest of the batch: its
+    sums run from its best token down, whatever the `width`, the number of tokens put in order.
+    """
+    vocab = scores.shape[-1]
+    # Sorting the whole vocabulary is what costs. On the CPU, where asking is free, a nucleus that ends early is sought
+    # among few tokens first.
+    width = width or (min(_NARROW, widest) if scores.device.type == "cpu" else widest)
+    top = scores.amax(dim=-1, keepdim=True)
+    best, ids = scores.topk(width, dim=-1)
+    mass = (best - top).exp()
+    up_to = mass.cumsum(dim=-1)
+    everything = (scores - top).exp().sum(dim=-1, keepdim=True)
+    total = torch.where(k < vocab, up_to.gather(1, k.clamp(max=width) - 1), everything)
+    if width < widest:
+        enough = torch.where(k < vocab, k <= width, (p >= 1) | (up_to[:, -1:] >= p * total))
+        if not bool(enough.all()):
+            return _nucleus(scores, k, p, widest, min(16 * width, widest))
+    rank = torch.arange(width, device=scores.device)
+    # rank 0 stays whatever rounding does; p = 1 keeps tails that rounding pushes to 1
+    outside = (rank >= k) | ((up_to - mass >= p * total) & (rank > 0) & (p < 1))
+    return torch.full_like(scores, float("-inf")).scatter(-1, ids, best.masked_fill(outside, float("-inf")))
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:

@@ -1,0 +1,210 @@
+"""Sequences that decode together, a token a step: a table of states and the one decode loop of the project.
+
+`Slots` holds a row for each of `size` sequences. What is drawn, by which rules and with which seed is each row's own.
+It knows nothing of text, queues or stopping: `decoding` and `engine` decide who sits where, and for how long.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glade.infer.config import SamplingParams
+from glade.infer.rows import growing_layers, put, rest_, trim
+from glade.infer.sampler import Rules, draw, gumbel_noise, rules_of
+from glade.model.lm import LanguageModel
+from glade.model.state import State
+from glade.ops.attention import reserve
+
+# tokens that a growing layer has room for at first; it doubles from there
+_MIN_ROOM = 64
+_FREE = SamplingParams(temperature=0)
+
+
+class Token(NamedTuple):
+    """One drawn token: `logprob` is its log-probability (nats) under the model, before any sampling rule.
+
+    It is nan where the model's logits are not finite; the token then has no meaning.
+    """
+
+    row: int  # index of its prompt, or its slot
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most likely ids with their log-probabilities, best first
+
+
+class _Batch(NamedTuple):
+    """What a step needs to know of who sits where, on the device; it holds until a sequence comes or goes."""
+
+    slots: Tensor | None  # [B] int64; None is all rows in order
+    taken: list[int]  # the slot of each row of the batch that is somebody's, in the batch's order
+    resting: Tensor  # the slots that are computed along although nobody sits there
+    seeds: Tensor  # [B] int64
+    rules: Rules
+    tops: list[int]  # for each of `taken`, how many most likely tokens it reports
+
+
+class Slots:
+    """A table of `size` rows: `fill` one, `step` all that are filled, `free` it again.
+
+    The state of a filled row has read all of its tokens but the last, which `step` reads before it draws the next: so
+    every draw, the first after a prompt included, comes out of the same loop.
+
+    Args:
+        vocab_size: ids from there on are never drawn (a model may have more ids than its tokenizer). Default: all
+        max_room: most tokens that growing layers get room for, in every row; None is no limit
+        padded: compute all `size` rows at every step, empty ones too, so that every product has the same shape and a
+            row's bits do not depend on how many others there are
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        size: int,
+        *,
+        vocab_size: int | None = None,
+        max_room: int | None = None,
+        padded: bool = False,
+    ) -> None:
+        self.model, self.size, self.max_room, self.padded = model, size, max_room, padded
+        self.vocab_size = vocab_size or cast(int, model.config.vocab_size)
+        self.device = model.embed.weight.device
+        self.growing = growing_layers(model)
+        self.state = model.init_state(size)
+        self.unread = torch.zeros(size, dtype=torch.int64, device=self.device)
+        self.seen: Tensor | None = None
+        self.params: list[SamplingParams | None] = [None] * size
+        self._seeds = [0] * size
+        self._read = [0] * size
+        self._batch: _Batch | None = None
+
+    def fill(
+        self, slot: int, state: State | None, unread: int, params: SamplingParams, seed: int, read: Iterable[int] = ()
+    ) -> None:
+        """A sequence sits down: its one-row `state` (None: nothing read) is copied in.
+
+        Args:
+            unread: its last token, that the state has not seen
+            seed:   with the token's position, all that its noise depends on
+            read:   the ids that a repetition penalty weakens besides `unread` and those to be drawn
+        """
+        assert self.params[slot] is None, slot
+        state = self.model.init_state(1) if state is None else state
+        self._read[slot] = int(state.position)
+        self._make_room(self._read[slot])
+        put(self.state, slot, state, self.growing)
+        self.unread[slot] = unread
+        self.params[slot], self._seeds[slot] = params, seed
+        if params.repetition_penalty != 1:
+            self._remember(slot, [*read, unread])
+        self._batch = None
+
+    def free(self, slots: Iterable[int]) -> None:
+        """These sequences leave."""
+        for slot in slots:
+            self.params[slot] = None
+            self._read[slot] = 0
+            self._batch = None
+            rest_(self.state, torch.tensor([slot], device=self.device))
+
+    def take(self, slot: int) -> State:
+        """A copy of what a row has read: all its tokens but the last one drawn."""
+        return trim(self.state.select([slot]), self._read[slot], self.growing)
+
+    @torch.no_grad()
+    def step(self) -> list[Token]:
+        """Read the unread token of every filled row and draw the next, in the order of the slots."""
+        batch = self._batch = self._batch or self._seat()
+        self._make_room(max(self._read) + 1)
+        with evaluating(self.model):
+            report = self._advance(batch)
+        for slot in batch.taken:
+            self._read[slot] += 1
+        return _tokens(report, batch)
+
+    def _advance(self, batch: _Batch) -> Tensor:
+        """The step as tensor code: nothing in it asks the device for a value. Returns what `_tokens` reads."""
+        if len(batch.resting):
+            rest_(self.state, batch.resting)
+        rows = slice(None) if batch.slots is None else batch.slots
+        logits = self.model.step_(self.unread[rows], self.state, batch.slots)[:, : self.vocab_size].float()
+        noise = None
+        if batch.rules.drawn:
+            noise = gumbel_noise(batch.seeds, self.state.position[rows], self.vocab_size)
+        seen = self.seen[rows] if batch.rules.penalized and self.seen is not None else None
+        ids = draw(logits, batch.rules, seen, noise)
+        self.unread[rows] = ids
+        if seen is not None and self.seen is not None:
+            self.seen[rows] = seen.scatter(1, ids[:, None], True)
+        logprobs = logits.log_softmax(dim=-1)
+        best, best_ids = logprobs.topk(max(batch.tops), dim=-1)
+        # whole numbers and the bits of fp32 side by side: everything crosses to the host in one copy
+        floats = torch.cat([logprobs.gather(1, ids[:, None]), best], dim=1).contiguous()
+        return torch.cat([ids[:, None], best_ids, floats.view(torch.int32).to(torch.int64)], dim=1)
+
+    def _seat(self) -> _Batch:
+        taken = [slot for slot, params in enumerate(self.params) if params is not None]
+        rows = list(range(self.size)) if self.padded else taken
+        params = [self.params[slot] or _FREE for slot in rows]
+        return _Batch(
+            slots=None if len(rows) == self.size else torch.tensor(rows, device=self.device),
+            taken=taken,
+            resting=torch.tensor([slot for slot in rows if self.params[slot] is None], device=self.device).long(),
+            seeds=torch.tensor([self._seeds[slot] for slot in rows], device=self.device),
+            rules=rules_of(params, self.vocab_size, self.device),
+            tops=[min(params.logprobs, self.vocab_size) for params in self.params if params is not None],
+        )
+
+    def _make_room(self, tokens: int) -> None:
+        """Growing layers hold `tokens` tokens a row, and twice as many as before if they have to grow."""
+        if not any(self.growing):
+            return
+        room = self.room
+        if tokens > room:
+            room = max(tokens, min(max(2 * room, _MIN_ROOM), self.max_room or sys.maxsize))
+            self.state.layers = tuple(
+                reserve(layer, room) if grows else layer
+                for layer, grows in zip(self.state.layers, self.growing, strict=True)
+            )
+
+    @property
+    def room(self) -> int:
+        """Tokens that every row's growing layers have room for; 0 without such layers."""
+        return max((x.k.shape[1] for x, grows in zip(self.state.layers, self.growing, strict=True) if grows), default=0)
+
+    def _remember(self, slot: int, ids: list[int]) -> None:
+        if self.seen is None:
+            self.seen = torch.zeros(self.size, self.vocab_size, dtype=torch.bool, device=self.device)
+        self.seen[slot] = False
+        self.seen[slot, torch.tensor(ids, device=self.device)] = True
+
+
+def _tokens(report: Tensor, batch: _Batch) -> list[Token]:
+    """The drawn ids on the host; the one place where a step waits for the device."""
+    table = report.cpu().numpy()
+    half = table.shape[1] // 2
+    floats = table[:, half:].astype(np.int32).view(np.float32)
+    rows = range(len(table)) if batch.slots is not None else batch.taken
+    tokens = []
+    for slot, row, num_top in zip(batch.taken, rows, batch.tops, strict=True):
+        logprob, *best = floats[row, : 1 + num_top].tolist()
+        id, *best_ids = table[row, : 1 + num_top].tolist()
+        tokens.append(Token(slot, id, logprob, tuple(zip(best_ids, best, strict=True))))
+    return tokens
+
+
+@contextmanager
+def evaluating(model: LanguageModel) -> Iterator[None]:
+    """No dropout inside, the model's mode as it was outside: a trainer may ask for samples at any moment."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
