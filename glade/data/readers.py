@@ -48,7 +48,7 @@ def read_file(path: Path, text_field: str = "text", separator: str | None = None
     Raises:
         DataError: an unknown suffix, or content that cannot be read, with the line.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind not in READERS:
         raise DataError(f"{path}: unknown kind of file; corpora are {', '.join(READERS)}, also with .xz, .gz or .zst")
     if separator is not None and kind != ".txt":
@@ -61,10 +61,11 @@ def read_file(path: Path, text_field: str = "text", separator: str | None = None
 
 def is_readable(path: Path) -> bool:
     """Whether the suffix is one that `read_file` knows."""
-    return _kind(path) in READERS
+    return kind_of(path) in READERS
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """The suffix that says what a file holds, ".jsonl" of "a.jsonl.gz"."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() in _COMPRESSIONS else path.suffix.lower()
 
 
@@ -120,7 +121,7 @@ class _Chunks(io.RawIOBase):
         return size
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line with its "\\n") of a UTF-8 file; a byte order mark and "\\r" before "\\n" are dropped."""
     number = 0
     try:
@@ -145,7 +146,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _read_text(path: Path, text_field: str, separator: str | None) -> Iterator[Document]:
     separator = SEPARATOR if separator is None else separator
     if separator == "line":
-        return (Document(line.rstrip("\n"), f"{path}:{number}") for number, line in _lines(path))
+        return (Document(line.rstrip("\n"), f"{path}:{number}") for number, line in lines(path))
     if separator == "blank":
         return _split_at_blanks(path)
     if not separator or "\n" in separator:
@@ -158,7 +159,7 @@ def _read_text(path: Path, text_field: str, separator: str | None) -> Iterator[D
 def _split_at_blanks(path: Path) -> Iterator[Document]:
     part: list[str] = []
     first = 1
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if line.strip():
             first = first if part else number
             part.append(line)
@@ -173,7 +174,7 @@ def _split_at(path: Path, separator: str) -> Iterator[Document]:
     part: list[str] = []
     first = 1
     separated = False
-    for number, line in _lines(path):
+    for number, line in lines(path):
         *ended, rest = line.split(separator)
         for piece in ended:
             separated = True
@@ -192,7 +193,7 @@ def _read_wikitext(path: Path, text_field: str, separator: str | None) -> Iterat
     part: list[str] = []
     title = "before the first title"
     after_blank, any_blank = True, False
-    for _, line in _lines(path):
+    for _, line in lines(path):
         heading = _WIKITEXT_TITLE.fullmatch(line.rstrip("\n"))
         if heading and (after_blank or not any_blank):
             yield Document("".join(part), f"{path}: {title}")
@@ -204,7 +205,7 @@ def _read_wikitext(path: Path, text_field: str, separator: str | None) -> Iterat
 
 
 def _read_jsonl(path: Path, text_field: str, separator: str | None) -> Iterator[Document]:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -109,6 +109,14 @@ class Tokenizer:
         """[BOS] + ids: the beginning of a document, for a model to continue."""
         return [self.bos_id, *self.encode(text)]
 
+    def continuation(self, text: str) -> list[int]:
+        """The ids of a text that goes on where another ended: `encode` without SentencePiece's leading space.
+
+        Tokenised apart from what it continues, so that no token spans the border between the two.
+        """
+        self._check(text)
+        return _fast(self._middle, [text])[0].tolist()
+
     def _pieces(self, text: str) -> Iterator[tuple[tokenizers.Tokenizer, str]]:
         """The text in pieces of bounded length, each with what encodes it so that the ids join to those of the whole.
 
@@ -204,15 +212,37 @@ class Tokenizer:
             DataError: as `chat`; or a message spells out a special token, which would pass for the template's own.
         """
         for number, message in enumerate(messages):
-            for token in self._special_tokens:
-                if token in str(message.get("content", "")):
-                    raise DataError(f"message {number} spells out the special token {token!r}; remove it")
-        text = self.chat(messages, add_generation_prompt)
-        return self._with_specials.encode(text, add_special_tokens=False).ids
+            token = self.special_in(str(message.get("content", "")))
+            if token is not None:
+                raise DataError(f"message {number} spells out the special token {token!r}; remove it")
+        return self.template_ids(self.chat(messages, add_generation_prompt), first=True)
+
+    def template_ids(self, text: str, *, first: bool) -> list[int]:
+        """The ids of a chat template's text, in which special tokens spelled out become special ids.
+
+        Args:
+            first: the text begins the conversation; otherwise it continues one, as `continuation`.
+        Raises:
+            DataError: a character that the vocabulary cannot spell.
+        """
+        plain = text
+        for token in self._special_tokens:
+            plain = plain.replace(token, "")
+        self._check(plain)
+        model = self._with_specials if first else self._middle_with_specials
+        return model.encode(text, add_special_tokens=False).ids
+
+    def special_in(self, text: str) -> str | None:
+        """A special token that the text spells out, if it does: a chat template would take it for its own."""
+        return next((token for token in self._special_tokens if token in text), None)
 
     @cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(self.model.to_str())
+
+    @cached_property
+    def _middle_with_specials(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._middle.to_str())
 
     @cached_property
     def _special_tokens(self) -> tuple[str, ...]:
