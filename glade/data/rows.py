@@ -73,7 +73,6 @@ def read_rows(path: Path) -> Iterator[Row | tuple[str, str]]:
 
     A line that is not JSON comes as (where, what is wrong).
 
-
     Raises:
         DataError: an unknown suffix, or a file that is damaged as a whole.
     """
