@@ -11,18 +11,18 @@ import math
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from glade.errors import ConfigError, DataError, GladeError
+from glade.infer.limits import check_length, check_prompt, longest_sequence
 from glade.infer.prefill import PromptReader
 from glade.infer.prefix_cache import PrefixCache
 from glade.infer.request import Busy, Delta, Ending, EngineStats, Request, Ticket
-from glade.infer.rows import growing_bytes
 from glade.infer.slots import Slots, Token
 from glade.model.lm import LanguageModel
 from glade.model.state import State, check_state
 
-__all__ = ["Busy", "Delta", "Engine", "EngineStats", "Request", "Ticket"]
+__all__ = ["Busy", "Delta", "Engine", "EngineStats", "Request", "Ticket", "check_length", "check_prompt"]
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Engine:
             raise ConfigError("deterministic does not go with a mixture of experts: leave deterministic out")
         self.model, self.max_batch, self.max_waiting = model, max_batch, max_waiting
         self.prefill_tokens, self.deterministic = prefill_tokens, deterministic
-        self.max_tokens = _longest(model, max_batch, max_state_bytes)
+        self.max_tokens = longest_sequence(model, max_batch, max_state_bytes)
         self._slots = Slots(model, max_batch, vocab_size=vocab_size, max_room=self.max_tokens, padded=deterministic)
         self._cache = PrefixCache(cache_bytes, self._slots.growing)
         self._prompts = PromptReader[_Sequence](model, self._cache, self._slots.growing, prefill_tokens, deterministic)
@@ -240,15 +240,14 @@ class Engine:
             sequence = _Sequence(ticket, heapq.heappop(self._free))
             request = ticket.request
             self._prompt_tokens += len(request.prompt)
-            if len(request.prompt) == 1:
-                self._begin(sequence, request.state)
-            else:
-                self._prompts.add(request.prompt[:-1], request.state, sequence)
+            self._prompts.add(request.prompt[:-1], request.state, sequence)
 
     def _read_prompts(self) -> None:
         for done in self._prompts.step():
             if done.error is not None:
-                self._end(done.owner, Delta(-1, finished="error", error=done.error))
+                _log.error("a prompt could not be read; its request ends", exc_info=done.error)
+                error = f"the prompt could not be read: {done.error}"
+                self._end(done.owner, Delta(-1, finished="error", error=error))
                 continue
             done.owner.cached_tokens = done.cached_tokens
             self._cached_tokens += done.cached_tokens
@@ -301,7 +300,7 @@ class Engine:
         keeps = request.state is None and not self.deterministic and self._cache.max_bytes > 0
         if not keeps and not request.keep_state:
             return None
-        state = self._slots.take(sequence.slot)
+        state = self._slots.take([sequence.slot])
         if keeps:
             self._cache.add(sequence.has_read(), state)
         return state.clone() if request.keep_state else None
@@ -327,46 +326,3 @@ def _call(ticket: Ticket, delta: Delta) -> bool:
         _log.exception("a listener of the engine raised")
         return False
     return True
-
-
-def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
-    """DataError for an empty prompt or an id outside the vocabulary."""
-    if not prompt:
-        raise DataError("nothing to continue: every prompt needs at least one token, such as the BOS")
-    if min(prompt) >= 0 and max(prompt) < vocab_size:
-        return
-    position, id = next((i, id) for i, id in enumerate(prompt) if not 0 <= id < vocab_size)
-    raise DataError(
-        f"token id {id} at position {position} of the prompt is unknown; "
-        f"this model has {vocab_size} tokens, 0 to {vocab_size - 1}"
-    )
-
-
-def check_length(model: LanguageModel, prompt_tokens: int, max_new_tokens: int, max_tokens: int | None) -> None:
-    """ConfigError if a prompt of that many tokens (with what its state has read) and its answer are too long."""
-    # the last token drawn is never read
-    needed = prompt_tokens + max_new_tokens - 1
-    for limit, what in (
-        (model.config.learned_positions, "learned positions"),
-        (max_tokens, "tokens of room for the keys and values of a sequence (max_state_bytes)"),
-    ):
-        if limit and needed > limit:
-            room = limit - needed + max_new_tokens
-            advice = f"set max_new_tokens to at most {room}" if room > 0 else "give a shorter prompt"
-            raise ConfigError(
-                f"this model has {limit} {what}, and the prompt with max_new_tokens={max_new_tokens} "
-                f"needs {needed}; {advice}"
-            )
-
-
-def _longest(model: LanguageModel, rows: int, max_state_bytes: int) -> int | None:
-    """Tokens that each of `rows` sequences may have, so that growing layers stay within the bytes; None: any number."""
-    per_token = growing_bytes(model) * rows
-    if not per_token:
-        return None
-    if max_state_bytes < per_token:
-        raise ConfigError(
-            f"max_state_bytes is {max_state_bytes}; one token of {rows} sequences takes {per_token} bytes of keys and "
-            "values: give more, or a smaller max_batch"
-        )
-    return max_state_bytes // per_token

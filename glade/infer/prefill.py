@@ -3,7 +3,6 @@
 The last token of a prompt is left unread: the decode loop reads it, as it reads every token drawn.
 """
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
@@ -15,8 +14,6 @@ from glade.infer.rows import join, split
 from glade.infer.slots import evaluating
 from glade.model.lm import LanguageModel
 from glade.model.state import State
-
-_log = logging.getLogger(__name__)
 
 Owner = TypeVar("Owner")
 
@@ -48,7 +45,7 @@ class Read(NamedTuple, Generic[Owner]):
     owner: Owner
     state: State | None
     cached_tokens: int  # of its ids, those that did not have to be read for it
-    error: str | None = None
+    error: Exception | None = None
 
 
 class _Prompt(Generic[Owner]):
@@ -127,7 +124,7 @@ class PromptReader(Generic[Owner]):
 
     def _look_up(self, prompt: _Prompt[Owner]) -> None:
         prompt.looked_up = True
-        if prompt.given is None:  # else what the state has read is not known here
+        if prompt.given is None and prompt.ids:  # what a given state has read is not known here
             found = self.cache.find(prompt.ids)
             prompt.state, prompt.read, prompt.cached = found.state, found.length, found.length
             prompt.branch = 0 if self.alone else found.shared
@@ -138,7 +135,7 @@ class PromptReader(Generic[Owner]):
         branch = prompt.branch if prompt.branch > prompt.read else chunk
         return min(chunk, branch, len(prompt.ids))
 
-    def _read(self, chosen: list[tuple[_Prompt[Owner], int]]) -> list[tuple[_Prompt[Owner], str | None]]:
+    def _read(self, chosen: list[tuple[_Prompt[Owner], int]]) -> list[tuple[_Prompt[Owner], Exception | None]]:
         """Read so many tokens of each prompt: together, or if that fails one by one, to find out whose fault it is."""
         if not chosen:
             return []
@@ -148,8 +145,7 @@ class PromptReader(Generic[Owner]):
         except Exception as error:
             if len(chosen) > 1:
                 return [each for one in chosen for each in self._read([one])]
-            _log.exception("a prompt could not be read; the requests for it end")
-            return [(chosen[0][0], f"the prompt could not be read: {error}")]
+            return [(chosen[0][0], error)]
         for (prompt, count), state in zip(chosen, states, strict=True):
             prompt.read += count
             prompt.state = state
@@ -164,7 +160,7 @@ class PromptReader(Generic[Owner]):
             self.cache.add(prompt.ids[: prompt.read], state)
 
 
-def _done(prompt: _Prompt[Owner], error: str | None = None) -> list[Read[Owner]]:
+def _done(prompt: _Prompt[Owner], error: Exception | None = None) -> list[Read[Owner]]:
     first, *others = prompt.owners
     state = None if error else prompt.state
     return [

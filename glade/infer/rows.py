@@ -53,7 +53,7 @@ def split(state: State, lengths: Sequence[int], growing: Sequence[bool]) -> list
 
 
 def trim(state: State, length: int, growing: Sequence[bool]) -> State:
-    """A one-row state with no more room in its growing layers than for `length` tokens."""
+    """`state` with no more room in its growing layers than for `length` tokens a row."""
     layers = tuple(
         AttentionState(_cut(layer.k, length), _cut(layer.v, length), layer.length) if grows else layer
         for layer, grows in zip(state.layers, growing, strict=True)

@@ -5,7 +5,7 @@ It knows nothing of text, queues or stopping: `decoding` and `engine` decide who
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -111,9 +111,10 @@ class Slots:
             self._batch = None
             rest_(self.state, torch.tensor([slot], device=self.device))
 
-    def take(self, slot: int) -> State:
-        """A copy of what a row has read: all its tokens but the last one drawn."""
-        return trim(self.state.select([slot]), self._read[slot], self.growing)
+    def take(self, slots: Sequence[int]) -> State:
+        """A copy of what these rows have read: all their tokens but the last one drawn."""
+        longest = max((self._read[slot] for slot in slots), default=0)
+        return trim(self.state.select(list(slots)), longest, self.growing)
 
     @torch.no_grad()
     def step(self) -> list[Token]:
