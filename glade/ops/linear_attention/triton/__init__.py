@@ -1,13 +1,23 @@
-"""Backend `triton`: the recurrence in five kernels for NVIDIA GPUs, forward and backward, and one for the decode step.
+"""Backend `triton`: the recurrence in a few kernels for NVIDIA GPUs, forward and backward, and one for the decode step.
 
-    tiles             what the kernels share
-    prepare           1  each chunk by itself: pre-gated q, k, erase k, pair products, inverse
-    states            2  the pass over chunks, and its backward, 3
-    values_backward   4  gradients of v, write and the pair products
-    keys_backward     5  gradients of q, k, erase and g
-    step              the decode step
-    configs           block sizes
-    op, launch        the launches
+    op                  which of the two sets of kernels serves a call
+    call, launch        what every launch needs
+    configs             block sizes: rows of table.json
+    tiles               what the kernels share
+    step                the decode step
+
+where decay or erase is a vector (`vector_op` launches these)
+
+    prepare             1  each chunk by itself: pre-gated q, k, erase k, pair products, inverse
+    states              2  the pass over chunks, and its backward, 3
+    values_backward     4  gradients of v, write and the pair products
+    keys_backward       5  gradients of q, k, erase and g
+
+where both are scalar or absent (`scalar_op`): no gated copies, less memory moved
+
+    scalar_prepare      1  each chunk by itself: sums of log decays, inverse
+    scalar_states       2  the pass over chunks, and its backward, 3, with the gradients of v and write
+    scalar_keys         4  gradients of q, k, erase and g
 
 Triton comes with torch's CUDA builds, and is imported with those only.
 """

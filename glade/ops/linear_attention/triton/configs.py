@@ -1,16 +1,23 @@
-"""Block sizes, warps and stages: one table by dtype and sizes, found by measurement; nothing is searched at run time.
+"""Block sizes, warps and stages: rows of `table.json`, found by measurement (`glade bench tune`), never at run time.
 
-Measured on one H200 (sm_90), H = 16, K = V = 128, 32,768 tokens, GDN-2. Chunks of 32 tokens let several programs share
-a processor in the kernels that take a chunk each, which is most of the time (prepare 0.74 ms against 1.34 with chunks
-of 64).
+A row holds for an architecture, a corner, a dtype and K x V. A call that no row is made for takes the nearest: never
+one for other kernels or smaller heads where there is another, then the same architecture, then the same corner, then
+the nearest size.
 """
 
+import json
+import math
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+TABLE = Path(__file__).with_name("table.json")
+
 # fewer programs than this leave processors of an H100 or H200 without one
 MULTIPROCESSORS = 120
+KINDS = ("none", "scalar", "vector")
 
 
 class Launch(NamedTuple):
@@ -22,42 +29,85 @@ class Launch(NamedTuple):
 
 class Config(NamedTuple):
     chunk: int
+    prepare: Launch
+    forward: Launch  # the passes over states: halved down to 16 channels while there are too few programs
+    backward: Launch
+    keys: Launch
+    values: Launch | None = None  # the kernels for scalar gates have no such launch
+
+
+class Numbers(NamedTuple):
     dtype: torch.dtype  # of what is kept and of the operands of products
     sum_dtype: torch.dtype  # of sums of log decays
     precision: str  # of products of fp32 operands
-    prepare: Launch
-    states: Launch  # halved down to 16 channels while there are too few programs
-    values: Launch
-    keys: Launch
 
 
-def config_for(dtype: torch.dtype, num_tokens: int, KP: int) -> Config:
-    """The table's row for KP key channels (a power of two).
+class Row(NamedTuple):
+    arch: int  # 90 is sm_90
+    corner: tuple[str, ...]  # the kinds of g, erase, write
+    wide: bool
+    K: int
+    V: int
+    config: Config
 
-    bf16 has a path of its own. fp32 shares one with fp16, whose range is too small for states: everything in fp32,
-    products as three tf32 products each.
-    """
-    if dtype != torch.bfloat16:
-        return Config(
-            chunk=_chunk(num_tokens, 32),
-            dtype=torch.float32,
-            sum_dtype=torch.float64,
-            precision="tf32x3",
-            prepare=Launch(32, 4),
-            states=Launch(16, 4),
-            values=Launch(32, 4),
-            keys=Launch(32, 2, 1, 32),
-        )
-    return Config(
-        chunk=_chunk(num_tokens, 32),
-        dtype=torch.bfloat16,
-        sum_dtype=torch.float32,
-        precision="ieee",
-        prepare=Launch(64, 2),
-        states=Launch(64 if KP <= 128 else 32, 4, 3),
-        values=Launch(128, 4),
-        keys=Launch(32, 2, 2, 64),
-    )
+
+# bf16 has a path of its own. fp32 shares one with fp16, whose range is too small for states: everything in fp32,
+# products as three tf32 products each.
+LOW = Numbers(torch.bfloat16, torch.float32, "ieee")
+WIDE = Numbers(torch.float32, torch.float64, "tf32x3")
+
+
+def config_for(
+    kinds: tuple[int, int, int], dtype: torch.dtype, num_tokens: int, KP: int, VP: int, device: torch.device
+) -> tuple[Config, Numbers]:
+    """The nearest row for a call: kinds of g, erase and write, and KP x VP channels (powers of two)."""
+    numbers = LOW if dtype == torch.bfloat16 else WIDE
+    config = nearest(arch_of(device), tuple(KINDS[kind] for kind in kinds), numbers is WIDE, KP, VP)
+    return config._replace(chunk=_chunk(num_tokens, config.chunk)), numbers
+
+
+def is_scalar(corner: tuple[str, ...]) -> bool:
+    """Whether the kernels for scalar gates serve a corner."""
+    return "vector" not in corner[:2]
+
+
+@cache
+def nearest(arch: int, corner: tuple[str, ...], wide: bool, K: int, V: int) -> Config:
+    rows = [row for row in read_table() if row.wide == wide and is_scalar(row.corner) == is_scalar(corner)]
+
+    def distance(row: Row) -> tuple:
+        unlike = sum(x != y for x, y in zip(row.corner, corner, strict=True))
+        return row.K < K, row.arch != arch, unlike, abs(math.log2(row.K / K)) + abs(math.log2(row.V / V))
+
+    return min(rows, key=distance).config
+
+
+def read_table(path: Path = TABLE) -> list[Row]:
+    return [_row(**record) for record in json.loads(path.read_text())]
+
+
+def _row(arch: int, corner: list[str], wide: bool, K: int, V: int, chunk: int, **launches: list[int]) -> Row:
+    config = Config(chunk, **{name: Launch(*numbers) for name, numbers in launches.items()})
+    return Row(arch, tuple(corner), wide, K, V, config)
+
+
+def write_table(rows: list[Row], path: Path = TABLE) -> None:
+    """One line a row."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row[:5]):
+        fields = row._asdict()
+        launches = {name: list(x) for name, x in fields.pop("config")._asdict().items() if isinstance(x, Launch)}
+        lines.append(json.dumps({**fields, "chunk": row.config.chunk, **launches}))
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+@cache
+def arch_of(device: torch.device) -> int:
+    """90 for sm_90; also what the kernels are interpreted as on the CPU."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _chunk(num_tokens: int, most: int) -> int:

@@ -1,211 +1,24 @@
-"""The launches: forward and backward of linear attention on a GPU, from the kernels of this folder.
+"""Which kernels serve a call: those for scalar gates read q and k as they are, the others make gated copies of them."""
 
-    forward    prepare (a program a chunk), then the pass over states (a program a block of value channels)
-    backward   the pass over states, last chunk to first, then values and keys (a program a chunk)
-
-No program adds to what another writes, so that a call gives the same bits each time.
-"""
-
-# Triton is not installed where there is no GPU
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS, Config, Launch, config_for
-from glade.ops.linear_attention.triton.keys_backward import keys_backward_kernel
-from glade.ops.linear_attention.triton.launch import (
-    Chunks,
-    check_key_dim,
-    chunks_of,
-    device_of,
-    kind_of,
-    strides_of,
-)
-from glade.ops.linear_attention.triton.prepare import prepare_kernel
-from glade.ops.linear_attention.triton.states import backward_states_kernel, forward_states_kernel
-from glade.ops.linear_attention.triton.values_backward import values_backward_kernel
-
-TRITON_TYPE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+from glade.ops.linear_attention.triton import scalar_op, vector_op
 
 
-class _Call:
-    """Sizes, kinds of gates and block sizes of one call: what all launches are given alike."""
-
-    def __init__(self, q: Tensor, v: Tensor, g, erase, write, cu_seqlens: Tensor | None):
-        check_key_dim(q)
-        self.B, self.T, self.HV, self.V = v.shape
-        self.H, self.K = q.shape[2:]
-        self.gate, self.erase, self.write = (kind_of(x, 4) for x in (g, erase, write))
-        self.KP, self.VP = (max(16, triton.next_power_of_2(n)) for n in (self.K, self.V))
-        self.config: Config = config_for(v.dtype, self.T, self.KP)
-        self.chunk = self.config.chunk
-        self.dtype, self.sum_dtype = self.config.dtype, self.config.sum_dtype
-        self.packed = cu_seqlens is not None
-
-    def between_kernels(self, v: Tensor, num_chunks: int, keep: bool) -> list[Tensor]:
-        """Empty: G, Qg, Eg, Kt, decay, P, A, R, S (before each chunk); of no elements what the gates do not need, and
-        R and S, which only a backward reads, unless it is to follow."""
-        M, C, HV, KP, VP = num_chunks, self.chunk, self.HV, self.KP, self.VP
-        low, erased = self.dtype, self.erase > 0
-        channels = (0, 1, KP)[self.gate]
-        shapes = [(M, HV, C, channels), (M, HV, C, KP), (M, HV, C, KP if erased else 0), (M, HV, C, KP)]
-        shapes += [(M, HV, channels), (M, HV, C, C), (M, HV, C, C if erased else 0)]
-        shapes += [(M, HV, C, VP if keep else 0), (M, HV, KP, VP if keep else 0)]
-        dtypes = [self.sum_dtype, low, low, low, torch.float32, low, low, low, low]
-        return [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-
-    @property
-    def types(self) -> dict:
-        return dict(DTYPE=TRITON_TYPE[self.dtype], PRECISION=self.config.precision)
-
-    def states_launch(self, chunks: Chunks) -> tuple[Launch, int]:
-        """The launch of a pass over states, and how many value channels a program takes."""
-        launch = self.config.states
-        block = min(self.VP, launch.block)
-        while block > 16 and chunks.sequences * self.HV * (self.VP // block) < MULTIPROCESSORS:
-            block //= 2
-        return launch, block
-
-    @property
-    def levels(self) -> int:
-        return self.chunk.bit_length() - 1
-
-    def where(self, chunks: Chunks) -> tuple:
-        return chunks.starts, chunks.ends, self.T, chunks.a_row
-
-    def along(self, chunks: Chunks) -> tuple:
-        return chunks.starts, chunks.ends, chunks.firsts, self.T, chunks.a_row
+def _path(g: Tensor | None, erase: Tensor | None):
+    return vector_op if any(x is not None and x.dim() == 4 for x in (g, erase)) else scalar_op
 
 
 def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
-    """[o, final state], and if `keep` the tensors of `_Call.between_kernels`."""
-    call = _Call(q, v, g, erase, write, cu_seqlens)
-    chunks = chunks_of(v, cu_seqlens, call.chunk)
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    final = v.new_empty(chunks.sequences, call.HV, call.K, call.V, dtype=torch.float32)
-    kept = call.between_kernels(v, chunks.count, keep)
-    initial = None if state is None else state.contiguous()
-    with device_of(v):
-        _prepare(call, chunks, q, k, g, erase, scale, kept)
-        _forward_states(call, chunks, v, write, initial, o, final, kept, keep)
-    return [o, final, *kept] if keep else [o, final]
-
-
-def _prepare(call: _Call, chunks: Chunks, q, k, g, erase, scale: float, kept: list[Tensor]) -> None:
-    if chunks.count == 0:
-        return
-    launch = call.config.prepare
-    prepare_kernel[(chunks.count, call.HV)](
-        q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
-        *kept[:7], *call.where(chunks), scale,
-        call.HV, call.HV // call.H, call.K,
-        KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
-        GATE=call.gate, ERASE=call.erase, PACKED=call.packed, G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
-        num_warps=launch.warps,
-    )  # fmt: skip
-
-
-def _forward_states(call: _Call, chunks: Chunks, v, write, initial, o, final, kept: list[Tensor], keep: bool) -> None:
-    if final.numel() == 0:
-        return
-    _, Qg, Eg, Kt, decay, P, A, R, S = kept
-    launch, BV = call.states_launch(chunks)
-    forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
-        v, write, *(strides_of(x) for x in (v, write)),
-        Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks),
-        call.HV, call.K, call.V,
-        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
-        GATE=call.gate, ERASE=call.erase, WRITE=call.write,
-        INITIAL=initial is not None, KEEP=keep, PACKED=call.packed, **call.types,
-        STAGES=launch.stages, num_warps=launch.warps,
-    )  # fmt: skip
+    """[o, final state], and if `keep` what `backward` needs of it."""
+    return _path(g, erase).forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep)
 
 
 def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> list[Tensor]:
     """Gradients of q, k, v, g, erase, write, state, those that are given, in that order."""
-    call = _Call(q, v, g, erase, write, cu_seqlens)
-    chunks = chunks_of(v, cu_seqlens, call.chunk)
-    do, d_final = do.contiguous(), d_final.contiguous()
-    R, S = kept[7], kept[8]
-    dR, dS = torch.empty_like(R), torch.empty_like(S)
-    dP, dT = torch.empty_like(kept[5]), torch.empty_like(kept[6])
-    d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-    d_write = None if write is None else torch.empty_like(write, memory_format=torch.contiguous_format)
-    with device_of(v):
-        initial = None if state is None else state.contiguous()
-        carried = _backward_states(call, chunks, do, initial, d_final, d_state, dR, dS, kept)
-        _backward_values(call, chunks, do, v, write, scale, R, dR, dv, d_write, dP, dT)
-        dq, dk, dg, d_erase = _backward_keys(call, chunks, do, q, k, g, erase, scale, kept, dR, dS, dP, dT, carried)
-    return [x for x in (dq, dk, dv, dg, d_erase, d_write, d_state) if x is not None]
-
-
-def _backward_states(call: _Call, chunks: Chunks, do, initial, d_final, d_state, dR, dS, kept: list[Tensor]) -> Tensor:
-    launch, BV = call.states_launch(chunks)
-    blocks = call.VP // BV
-    carried = d_final.new_empty(chunks.count, call.HV, blocks, call.KP if call.gate else 0)
-    if d_final.numel() == 0:
-        return carried
-    backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
-        do, *kept[1:7], kept[8], initial, d_final, d_state, dR, dS, carried, *call.along(chunks),
-        call.HV, call.K, call.V,
-        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
-        GATE=call.gate, ERASE=call.erase, INITIAL=d_state is not None, PACKED=call.packed, **call.types,
-        STAGES=launch.stages, num_warps=launch.warps,
-    )  # fmt: skip
-    return carried
-
-
-def _backward_values(call: _Call, chunks: Chunks, do, v, write, scale, R, dR, dv, d_write, dP, dT) -> None:
-    if chunks.count == 0:
-        return
-    launch = call.config.values
-    values_backward_kernel[(chunks.count, call.HV)](
-        v, write, *(strides_of(x) for x in (v, write)),
-        do, R, dR, dv, d_write, dP, dT, *call.where(chunks), scale,
-        call.HV, call.V,
-        VP=call.VP, BV=min(call.VP, launch.block), C=call.chunk,
-        ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
-        STAGES=launch.stages, num_warps=launch.warps,
-    )  # fmt: skip
-
-
-def _backward_keys(call: _Call, chunks: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], dR, dS, dP, dT, carried):
-    launch = call.config.keys
-    BK = min(call.KP, launch.block)
-    num_blocks, group = call.KP // BK, call.HV // call.H
-    heads = (call.B, call.T, call.HV)
-    # gradients of a shared head and of scalar gates are sums of what the programs write
-    dq, dk = (x.new_empty(*heads, call.K, dtype=x.dtype if group == 1 else torch.float32) for x in (q, k))
-    dg, d_erase = (
-        None if x is None
-        else x.new_empty(num_blocks, *heads, dtype=torch.float32) if x.dim() == 3
-        else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (g, erase)
-    )  # fmt: skip
-    if chunks.count > 0:
-        G, R, S = kept[0], kept[7], kept[8]
-        keys_backward_kernel[(num_blocks * chunks.count, call.HV)](
-            q, k, erase, *(strides_of(x) for x in (q, k, erase)),
-            G, do, R, dR, S, dS, dP, dT, carried, dq, dk, d_erase, dg,
-            *call.where(chunks), call.B * call.T * call.HV, scale,
-            call.HV, group, call.K, call.V,
-            KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v),
-            NUM_CARRIED=carried.shape[2], C=call.chunk, LEVELS=call.levels,
-            GATE=call.gate, ERASE=call.erase, PACKED=call.packed, **call.types,
-            STAGES=launch.stages, num_warps=min(launch.warps, BK // 16),
-        )  # fmt: skip
-    if group > 1:
-        dq, dk = (x.unflatten(2, (call.H, group)).sum(3).to(q.dtype) for x in (dq, dk))
-    dg, d_erase = (d if d is None or x.dim() == 4 else d.sum(0).to(x.dtype) for x, d in ((g, dg), (erase, d_erase)))
-    return dq, dk, dg, d_erase
+    return _path(g, erase).backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept)
 
 
 def kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:
     """What `forward` keeps, from shapes alone."""
-    call = _Call(q, v, g, erase, write, cu_seqlens)
-    return call.between_kernels(v, max_chunks(v.shape[0], v.shape[1], cu_seqlens, call.chunk), keep=True)
+    return _path(g, erase).kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens)

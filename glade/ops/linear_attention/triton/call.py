@@ -1,0 +1,78 @@
+"""Sizes, kinds of gates and block sizes of one call: what all launches are given alike."""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS, Launch, config_for
+from glade.ops.linear_attention.triton.launch import Chunks, check_key_dim, kind_of
+
+TRITON_TYPE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+class Call:
+    def __init__(self, q: Tensor, v: Tensor, g, erase, write, cu_seqlens: Tensor | None):
+        check_key_dim(q)
+        self.B, self.T, self.HV, self.V = v.shape
+        self.H, self.K = q.shape[2:]
+        self.gate, self.erase, self.write = (kind_of(x, 4) for x in (g, erase, write))
+        self.KP, self.VP = (max(16, triton.next_power_of_2(n)) for n in (self.K, self.V))
+        self.config, numbers = config_for(
+            (self.gate, self.erase, self.write), v.dtype, self.T, self.KP, self.VP, v.device
+        )
+        self.chunk = self.config.chunk
+        self.dtype, self.sum_dtype, self.precision = numbers
+        self.packed = cu_seqlens is not None
+
+    @property
+    def group(self) -> int:
+        return self.HV // self.H
+
+    @property
+    def num_token_heads(self) -> int:
+        return self.B * self.T * self.HV
+
+    @property
+    def types(self) -> dict:
+        return dict(DTYPE=TRITON_TYPE[self.dtype], PRECISION=self.precision)
+
+    @property
+    def levels(self) -> int:
+        return self.chunk.bit_length() - 1
+
+    def value_block(self, launch: Launch, chunks: Chunks) -> int:
+        """How many value channels a program of a pass over states takes."""
+        block = min(self.VP, launch.block)
+        while block > 16 and chunks.sequences * self.HV * (self.VP // block) < MULTIPROCESSORS:
+            block //= 2
+        return block
+
+    def where(self, chunks: Chunks) -> tuple:
+        return chunks.starts, chunks.ends, self.T, chunks.a_row
+
+    def along(self, chunks: Chunks) -> tuple:
+        return chunks.starts, chunks.ends, chunks.firsts, self.T, chunks.a_row
+
+    def gradient_of_keys(self, x: Tensor) -> Tensor:
+        """Empty, for what the programs of each value head write: sums over a group of heads follow in fp32."""
+        dtype = x.dtype if self.group == 1 else torch.float32
+        return x.new_empty(self.B, self.T, self.HV, self.K, dtype=dtype)
+
+    def over_group(self, dx: Tensor, x: Tensor) -> Tensor:
+        return dx if self.group == 1 else dx.unflatten(2, (self.H, self.group)).sum(3).to(x.dtype)
+
+    def gradient_in_parts(self, x: Tensor | None, parts: int) -> Tensor | None:
+        """Empty, for the gradient of a gate: fp32, a part for each block of channels, where it is scalar."""
+        if x is None:
+            return None
+        if x.dim() == 4:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return x.new_empty(parts, *x.shape, dtype=torch.float32)
+
+
+def sum_of_parts(dx: Tensor | None, x: Tensor | None) -> Tensor | None:
+    return dx if dx is None or x is None or x.dim() == 4 else dx.sum(0).to(x.dtype)

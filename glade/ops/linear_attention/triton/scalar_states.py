@@ -1,0 +1,203 @@
+"""Scalar gates, kernels 2 and 3: the pass over the chunks of a sequence, forwards and backwards, for a block of value
+channels.
+
+A scalar decay multiplies rows of products, so that q and k are read as they are and no gated copy of them is made; the
+products of the chunk's pairs are made again where they are used. With S the state before a chunk, dS the gradient of
+the state after it, D_rc = exp(G_r - G_c) for r >= c and zero otherwise:
+
+    R = A (write v - erase exp(G) (k S))                     S <- exp(G_C) S + k^T (exp(G_C - G) R)
+    o = scale (exp(G) (q S) + (D * q k^T) R)
+    dR^ = A^T (scale (D * q k^T)^T do + exp(G_C - G) (k dS))
+    dS <- exp(G_C) dS + q^T (scale exp(G) do) - k^T (erase exp(G) dR^)
+    dv = write dR^       d_write = v dR^
+
+Without erase A is the identity, and neither R nor dR^ is kept. A gradient of a scalar `write` is written for each block
+of value channels.
+"""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import triton
+import triton.language as tl
+
+from glade.ops.linear_attention.triton.tiles import (
+    NONE,
+    SCALAR,
+    VECTOR,
+    chunk_tokens,
+    load_rows,
+    pair_decay,
+    sequence_chunks,
+    token_head,
+)
+
+
+@triton.jit
+def chunk_decays(G, tile, rows, C: tl.constexpr):
+    """G [C], exp(G) [C], exp(G_C - G) [C] and exp(G_C), of a chunk's sums of logs."""
+    sums = tl.load(G + tile * C + rows)
+    last = tl.load(G + tile * C + C - 1)
+    to_row, to_end = tl.exp2(sums.to(tl.float32)), tl.exp2((last - sums).to(tl.float32))
+    return sums, to_row, to_end, tl.exp2(last.to(tl.float32))
+
+
+@triton.jit
+def scalar_forward_states_kernel(
+    q, k, v, write, q_strides, k_strides, v_strides, write_strides,
+    G, erase_rows, write_rows, A,
+    o, initial, final, R, S_before,
+    starts, ends, firsts, num_tokens, chunks_a_row, scale,
+    HV, GROUP, K, V,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr,
+    INITIAL: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    NUM_BLOCKS: tl.constexpr = VP // BV
+    sequence_head = tl.program_id(0) // NUM_BLOCKS
+    block = tl.program_id(0) % NUM_BLOCKS
+    n, head = sequence_head // HV, sequence_head % HV
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
+    rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
+    in_state = (dims < K)[:, None] & (columns < V)[None, :]
+    not_after = rows[:, None] >= rows[None, :]
+    square = rows[:, None] * C + rows[None, :]
+    values = rows[:, None] * VP + columns[None, :]
+    states = dims[:, None] * VP + columns[None, :]
+    token_values = rows[:, None] * (HV * V) + columns[None, :]
+    state_at = dims[:, None] * V + columns[None, :]
+    of_sequence = sequence_head.to(tl.int64) * K * V
+    if INITIAL:
+        S = tl.load(initial + of_sequence + state_at, mask=in_state, other=0.0)
+    else:
+        S = tl.zeros([KP, BV], tl.float32)
+    for m in tl.range(first, end_chunk, num_stages=STAGES):
+        m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
+        row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        tile = m.to(tl.int64) * HV + head
+        q_head = token_head(q, q_strides, row, start, head // GROUP)
+        k_head = token_head(k, k_strides, row, start, head // GROUP)
+        q_tile = load_rows(q_head, q_strides, rows, live, dims, K).to(DTYPE)
+        k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
+        # made first, and rounded at once: later it would stand in registers beside all the other sums
+        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if GATE == SCALAR:
+            sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
+            products *= pair_decay(sums, C)
+        products = tl.where(not_after, products, 0.0).to(DTYPE)
+
+        z = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V).to(tl.float32)
+        if WRITE == SCALAR:
+            z *= tl.load(write_rows + tile * C + rows)[:, None]
+        elif WRITE == VECTOR:
+            gate = token_head(write, write_strides, row, start, head)
+            z *= load_rows(gate, write_strides, rows, live, columns, V).to(tl.float32)
+        S_low = S.to(DTYPE)
+        if KEEP:
+            tl.store(S_before + tile * KP * VP + states, S_low)
+        if ERASE != NONE:
+            erased = tl.load(erase_rows + tile * C + rows)
+            if GATE == SCALAR:
+                erased *= to_row
+            z -= erased[:, None] * tl.dot(k_tile, S_low, input_precision=PRECISION)
+            z = tl.dot(tl.load(A + tile * C * C + square), z.to(DTYPE), input_precision=PRECISION)
+        r = z.to(DTYPE)
+        if KEEP and ERASE != NONE:
+            tl.store(R + tile * C * VP + values, r)
+        at_end = r
+        if GATE == SCALAR:
+            at_end = (z * to_end[:, None]).to(DTYPE)
+        out = tl.dot(q_tile, S_low, input_precision=PRECISION)
+        if GATE == SCALAR:
+            out *= to_row[:, None]
+        out = tl.dot(products, r, out, input_precision=PRECISION) * scale
+        first_value = ((row.to(tl.int64) * num_tokens + start) * HV + head) * V
+        inside = (rows < live)[:, None] & (columns < V)[None, :]
+        tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
+        if GATE == SCALAR:
+            S *= decay
+        S = tl.dot(tl.trans(k_tile), at_end, S, input_precision=PRECISION)
+    tl.store(final + of_sequence + state_at, S, mask=in_state)
+
+
+@triton.jit
+def scalar_backward_states_kernel(
+    do, q, k, v, write, q_strides, k_strides, v_strides, write_strides,
+    G, erase_rows, write_rows, A,
+    d_final, d_initial, dv, d_write, dR, dS_after,
+    starts, ends, firsts, num_tokens, chunks_a_row, num_token_heads, scale,
+    HV, GROUP, K, V,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    NUM_BLOCKS: tl.constexpr = VP // BV
+    sequence_head = tl.program_id(0) // NUM_BLOCKS
+    block = tl.program_id(0) % NUM_BLOCKS
+    n, head = sequence_head // HV, sequence_head % HV
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
+    rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
+    in_state = (dims < K)[:, None] & (columns < V)[None, :]
+    not_before = rows[None, :] >= rows[:, None]
+    transposed = rows[None, :] * C + rows[:, None]
+    values = rows[:, None] * VP + columns[None, :]
+    states = dims[:, None] * VP + columns[None, :]
+    token_values = rows[:, None] * (HV * V) + columns[None, :]
+    state_at = dims[:, None] * V + columns[None, :]
+    of_sequence = sequence_head.to(tl.int64) * K * V
+    dS = tl.load(d_final + of_sequence + state_at, mask=in_state, other=0.0)
+    for step in tl.range(0, end_chunk - first, num_stages=STAGES):
+        m = tl.zeros([], tl.int32) + (end_chunk - 1 - step)
+        row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        tile = m.to(tl.int64) * HV + head
+        q_head = token_head(q, q_strides, row, start, head // GROUP)
+        k_head = token_head(k, k_strides, row, start, head // GROUP)
+        q_tile = load_rows(q_head, q_strides, rows, live, dims, K).to(DTYPE)
+        k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
+        first_head = (row.to(tl.int64) * num_tokens + start) * HV + head
+        inside = (rows < live)[:, None] & (columns < V)[None, :]
+        d_out = tl.load(do + first_head * V + token_values, mask=inside, other=0.0).to(DTYPE)
+        if GATE == SCALAR:
+            sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
+        dS_low = dS.to(DTYPE)
+        tl.store(dS_after + tile * KP * VP + states, dS_low)
+
+        # the earlier token is the row here, the later one the column
+        products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+        if GATE == SCALAR:
+            products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
+        products = tl.where(not_before, products, 0.0).to(DTYPE)
+        z = tl.dot(k_tile, dS_low, input_precision=PRECISION)
+        if GATE == SCALAR:
+            z *= to_end[:, None]
+        z = tl.dot(products, d_out, z, input_precision=PRECISION)
+        if ERASE != NONE:
+            z = tl.dot(tl.load(A + tile * C * C + transposed), z.to(DTYPE), input_precision=PRECISION)
+            tl.store(dR + tile * C * VP + values, z.to(DTYPE))
+
+        d_out = d_out.to(tl.float32) * scale
+        if GATE == SCALAR:
+            d_out *= to_row[:, None]
+            dS *= decay
+        dS = tl.dot(tl.trans(q_tile), d_out.to(DTYPE), dS, input_precision=PRECISION)
+        if ERASE != NONE:
+            erased = tl.load(erase_rows + tile * C + rows)
+            if GATE == SCALAR:
+                erased *= to_row
+            dS = tl.dot(tl.trans(k_tile), (z * -erased[:, None]).to(DTYPE), dS, input_precision=PRECISION)
+
+        if WRITE != NONE:
+            v_head = token_head(v, v_strides, row, start, head)
+            d_gate = z * load_rows(v_head, v_strides, rows, live, columns, V).to(tl.float32)
+        if WRITE == SCALAR:
+            at = d_write + block.to(tl.int64) * num_token_heads + first_head + rows * HV
+            tl.store(at, tl.sum(d_gate, 1), mask=rows < live)
+            z *= tl.load(write_rows + tile * C + rows)[:, None]
+        elif WRITE == VECTOR:
+            tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)
+            gate = token_head(write, write_strides, row, start, head)
+            z *= load_rows(gate, write_strides, rows, live, columns, V).to(tl.float32)
+        tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
+    if INITIAL:
+        tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)

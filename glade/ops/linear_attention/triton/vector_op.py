@@ -1,0 +1,154 @@
+"""The launches where a gate of keys is a vector: the general case, which serves every kind of gate.
+
+    forward    prepare (a program a chunk), then the pass over states (a program a block of value channels)
+    backward   the pass over states, last chunk to first, then values and keys (a program a chunk)
+
+No program adds to what another writes, so that a call gives the same bits each time.
+"""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import torch
+from torch import Tensor
+
+from glade.ops.linear_attention.chunk_layout import max_chunks
+from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts
+from glade.ops.linear_attention.triton.keys_backward import keys_backward_kernel
+from glade.ops.linear_attention.triton.launch import Chunks, chunks_of, device_of, strides_of
+from glade.ops.linear_attention.triton.prepare import prepare_kernel
+from glade.ops.linear_attention.triton.states import backward_states_kernel, forward_states_kernel
+from glade.ops.linear_attention.triton.values_backward import values_backward_kernel
+
+
+def _between_kernels(call: Call, v: Tensor, num_chunks: int, keep: bool) -> list[Tensor]:
+    """Empty: G, Qg, Eg, Kt, decay, P, A, R, S (before each chunk); of no elements what the gates do not need, and R and
+    S, which only a backward reads, unless it is to follow."""
+    M, C, HV, KP, VP = num_chunks, call.chunk, call.HV, call.KP, call.VP
+    low, erased = call.dtype, call.erase > 0
+    channels = (0, 1, KP)[call.gate]
+    shapes = [(M, HV, C, channels), (M, HV, C, KP), (M, HV, C, KP if erased else 0), (M, HV, C, KP)]
+    shapes += [(M, HV, channels), (M, HV, C, C), (M, HV, C, C if erased else 0)]
+    shapes += [(M, HV, C, VP if keep else 0), (M, HV, KP, VP if keep else 0)]
+    dtypes = [call.sum_dtype, low, low, low, torch.float32, low, low, low, low]
+    return [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
+    call = Call(q, v, g, erase, write, cu_seqlens)
+    chunks = chunks_of(v, cu_seqlens, call.chunk)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = v.new_empty(chunks.sequences, call.HV, call.K, call.V, dtype=torch.float32)
+    kept = _between_kernels(call, v, chunks.count, keep)
+    initial = None if state is None else state.contiguous()
+    with device_of(v):
+        _prepare(call, chunks, q, k, g, erase, scale, kept)
+        _forward_states(call, chunks, v, write, initial, o, final, kept, keep)
+    return [o, final, *kept] if keep else [o, final]
+
+
+def _prepare(call: Call, chunks: Chunks, q, k, g, erase, scale: float, kept: list[Tensor]) -> None:
+    if chunks.count == 0:
+        return
+    launch = call.config.prepare
+    prepare_kernel[(chunks.count, call.HV)](
+        q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
+        *kept[:7], *call.where(chunks), scale,
+        call.HV, call.group, call.K,
+        KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
+        GATE=call.gate, ERASE=call.erase, PACKED=call.packed, G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
+        num_warps=launch.warps,
+    )  # fmt: skip
+
+
+def _forward_states(call: Call, chunks: Chunks, v, write, initial, o, final, kept: list[Tensor], keep: bool) -> None:
+    if final.numel() == 0:
+        return
+    _, Qg, Eg, Kt, decay, P, A, R, S = kept
+    launch = call.config.forward
+    BV = call.value_block(launch, chunks)
+    forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
+        v, write, *(strides_of(x) for x in (v, write)),
+        Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks),
+        call.HV, call.K, call.V,
+        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
+        GATE=call.gate, ERASE=call.erase, WRITE=call.write,
+        INITIAL=initial is not None, KEEP=keep, PACKED=call.packed, **call.types,
+        STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+
+
+def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> list[Tensor]:
+    call = Call(q, v, g, erase, write, cu_seqlens)
+    chunks = chunks_of(v, cu_seqlens, call.chunk)
+    do, d_final = do.contiguous(), d_final.contiguous()
+    R, S = kept[7], kept[8]
+    dR, dS = torch.empty_like(R), torch.empty_like(S)
+    dP, dT = torch.empty_like(kept[5]), torch.empty_like(kept[6])
+    d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    d_write = None if write is None else torch.empty_like(write, memory_format=torch.contiguous_format)
+    with device_of(v):
+        initial = None if state is None else state.contiguous()
+        carried = _backward_states(call, chunks, do, initial, d_final, d_state, dR, dS, kept)
+        _backward_values(call, chunks, do, v, write, scale, R, dR, dv, d_write, dP, dT)
+        dq, dk, dg, d_erase = _backward_keys(call, chunks, do, q, k, g, erase, scale, kept, dR, dS, dP, dT, carried)
+    return [x for x in (dq, dk, dv, dg, d_erase, d_write, d_state) if x is not None]
+
+
+def _backward_states(call: Call, chunks: Chunks, do, initial, d_final, d_state, dR, dS, kept: list[Tensor]) -> Tensor:
+    launch = call.config.backward
+    BV = call.value_block(launch, chunks)
+    blocks = call.VP // BV
+    carried = d_final.new_empty(chunks.count, call.HV, blocks, call.KP if call.gate else 0)
+    if d_final.numel() == 0:
+        return carried
+    backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
+        do, *kept[1:7], kept[8], initial, d_final, d_state, dR, dS, carried, *call.along(chunks),
+        call.HV, call.K, call.V,
+        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
+        GATE=call.gate, ERASE=call.erase, INITIAL=d_state is not None, PACKED=call.packed, **call.types,
+        STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+    return carried
+
+
+def _backward_values(call: Call, chunks: Chunks, do, v, write, scale, R, dR, dv, d_write, dP, dT) -> None:
+    if chunks.count == 0:
+        return
+    launch = call.config.values
+    values_backward_kernel[(chunks.count, call.HV)](
+        v, write, *(strides_of(x) for x in (v, write)),
+        do, R, dR, dv, d_write, dP, dT, *call.where(chunks), scale,
+        call.HV, call.V,
+        VP=call.VP, BV=min(call.VP, launch.block), C=call.chunk,
+        ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
+        STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+
+
+def _backward_keys(call: Call, chunks: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], dR, dS, dP, dT, carried):
+    launch = call.config.keys
+    BK = min(call.KP, launch.block)
+    num_blocks = call.KP // BK
+    dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
+    dg, d_erase = call.gradient_in_parts(g, num_blocks), call.gradient_in_parts(erase, num_blocks)
+    if chunks.count > 0:
+        G, R, S = kept[0], kept[7], kept[8]
+        keys_backward_kernel[(num_blocks * chunks.count, call.HV)](
+            q, k, erase, *(strides_of(x) for x in (q, k, erase)),
+            G, do, R, dR, S, dS, dP, dT, carried, dq, dk, d_erase, dg,
+            *call.where(chunks), call.num_token_heads, scale,
+            call.HV, call.group, call.K, call.V,
+            KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v),
+            NUM_CARRIED=carried.shape[2], C=call.chunk, LEVELS=call.levels,
+            GATE=call.gate, ERASE=call.erase, PACKED=call.packed, **call.types,
+            STAGES=launch.stages, num_warps=min(launch.warps, BK // 16),
+        )  # fmt: skip
+    dq, dk = call.over_group(dq, q), call.over_group(dk, k)
+    return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)
+
+
+def kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:
+    call = Call(q, v, g, erase, write, cu_seqlens)
+    return _between_kernels(call, v, max_chunks(v.shape[0], v.shape[1], cu_seqlens, call.chunk), keep=True)
