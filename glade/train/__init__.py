@@ -12,7 +12,7 @@ from glade.data.config import DataConfig
 from glade.train.config import TrainRun, TrainSettings
 
 if TYPE_CHECKING:
-    from glade.train.pretrain import Results
+    from glade.train.run import Results
 
 __all__ = ["DataConfig", "TrainRun", "TrainSettings"]
 

@@ -1,30 +1,27 @@
-"""The training loop: a budget, a step, and what is due after it. Knows nothing of folders or formats.
+"""The training loop: a budget, a step, and what is due after it. Knows nothing of folders, formats or losses.
 
     until the budget is used up:  set the learning rate; take a step; log, evaluate, save what is due
 
-A step is a function of (weights, optimiser, seed, step): the loop reads no clock to decide what a step computes, unless
-the budget itself is minutes.
+What is minimised is an `Objective`: pretraining, fine-tuning and preference are three of them. A step is a function of
+(weights, optimiser, seed, step): the loop reads no clock to decide what a step computes, unless the budget itself is
+minutes.
 """
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
+from dataclasses import dataclass, field
+from types import FrameType, MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from glade.data.loader import Batches
 from glade.errors import GladeError
 from glade.model.lm import LanguageModel
-from glade.train.config import TrainSettings
-from glade.train.loss import next_token_loss
+from glade.train.config import LoopSettings
 from glade.train.resume import Progress
 from glade.train.schedule import learning_rate_factor
 
@@ -33,17 +30,42 @@ class NonFiniteLoss(GladeError):
     """The loss or its gradient is nan or infinite; the optimiser has not moved."""
 
 
-class StepResult(NamedTuple):
-    loss: float  # nats a token, mean over the step
+class Pass(NamedTuple):
+    """One forward pass of a step; the passes of a step add up to it."""
+
+    loss: Tensor  # its share of the step's mean loss, to be differentiated
+    num_tokens: int  # that the model read
+    load_balance: Tensor | None = None  # the mixture-of-experts loss to add
+    metrics: Mapping[str, Tensor] = MappingProxyType({})  # shares of the step's means, to be logged
+
+
+class Objective(Protocol):
+    """What a run minimises, over which examples. Everything is a pure function of the weights and the step."""
+
+    def forward(self, step: int, part: int) -> Pass:
+        """Pass number `part` of the `accumulate` that make up a step."""
+        ...
+
+    def examples(self, step: int) -> dict[str, Tensor]:
+        """The tokens of a step, to look at."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # mean over the step
     grad_norm: float  # before clipping
+    num_tokens: int  # read
     load_balance: float | None  # the mixture-of-experts loss that was added to the objective
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Budget:
     """How much of a run is used up, by steps, or by the clock when steps are not limited."""
 
-    settings: TrainSettings
+    steps: int | None  # optimiser steps in all; None: minutes are the budget
+    minutes: float | None  # the limit of the clock; None: there is none
     before: float  # seconds of training before this process
     started: float  # time.monotonic() when this process started to train
     first_step: int  # of this process
@@ -52,30 +74,29 @@ class Budget:
         """Seconds to go, at the pace of this process; None when there is no pace yet."""
         used, done = self.seconds() - self.before, self.share(step) - self._first_share()
         left = used * (1 - self.share(step)) / done if done > 0 else None
-        if self.settings.minutes is None:
+        if self.minutes is None:
             return left
-        limit = max(0.0, 60 * self.settings.minutes - self.seconds())
+        limit = max(0.0, 60 * self.minutes - self.seconds())
         return limit if left is None else min(left, limit)
 
     def _first_share(self) -> float:
-        if self.settings.steps is not None:
-            return self.first_step / self.settings.steps
-        assert self.settings.minutes is not None
-        return self.before / (60 * self.settings.minutes)
+        if self.steps is not None:
+            return self.first_step / self.steps
+        assert self.minutes is not None
+        return self.before / (60 * self.minutes)
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.started
 
     def share(self, step: int) -> float:
         """In [0, 1], after `step` steps."""
-        if self.settings.steps is not None:
-            return min(1.0, step / self.settings.steps)
-        assert self.settings.minutes is not None
-        return min(1.0, self.seconds() / (60 * self.settings.minutes))
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        assert self.minutes is not None
+        return min(1.0, self.seconds() / (60 * self.minutes))
 
     def used_up(self, step: int) -> bool:
-        minutes = self.settings.minutes
-        return self.share(step) >= 1 or (minutes is not None and self.seconds() >= 60 * minutes)
+        return self.share(step) >= 1 or (self.minutes is not None and self.seconds() >= 60 * self.minutes)
 
 
 class Due(Protocol):
@@ -90,13 +111,12 @@ class Due(Protocol):
 
 @dataclass
 class Trainer:
-    """What takes a step. `forward` is the model, compiled or not."""
+    """What takes a step."""
 
     model: LanguageModel
-    forward: Callable[..., tuple[Tensor, object]]
+    objective: Objective
     optimizer: torch.optim.Optimizer
-    batches: Batches
-    settings: TrainSettings
+    settings: LoopSettings
     precision: Callable[[], AbstractContextManager]
     peak_lr: float
 
@@ -114,7 +134,7 @@ class Trainer:
                 lr = self.set_learning_rate(budget, progress.step)
                 result = self.step(progress.step)
                 progress.step += 1
-                progress.tokens += settings.batch_tokens
+                progress.tokens += result.num_tokens
                 progress.seconds = budget.seconds()
                 share = budget.share(progress.step)
                 if progress.step % settings.log_every == 0 or share >= 1:
@@ -132,7 +152,7 @@ class Trainer:
     def set_learning_rate(self, budget: Budget, step: int) -> float:
         """For the step about to be taken: of `step + 1` steps of the budget, or of the minutes used so far."""
         s = self.settings
-        share = (step + 1) / s.steps if s.steps is not None else max(budget.share(step), 1e-3)
+        share = (step + 1) / budget.steps if budget.steps is not None else max(budget.share(step), 1e-3)
         factor = learning_rate_factor(
             min(1.0, share), schedule=s.schedule, warmup=s.warmup, decay=s.decay, min_lr=s.min_lr
         )
@@ -141,57 +161,65 @@ class Trainer:
         return self.peak_lr * factor
 
     def step(self, step: int) -> StepResult:
-        """One optimiser step on the batch of `step`, in `accumulate` forward and backward passes."""
-        s = self.settings
-        device = self.model.embed.weight.device
-        loss = torch.zeros((), device=device)
-        load_balance = None
-        for part in range(s.accumulate):
-            with self.precision():
-                losses, state = self.forward(**self.inputs(step, part), return_state=False)
-            objective = part_loss = next_token_loss(losses, s.batch_tokens)
-            extra = getattr(state, "load_balance", None)
-            if extra is not None:
-                objective = objective + extra / s.accumulate
-                load_balance = (load_balance or 0.0) + extra.item() / s.accumulate
-            objective.backward()
-            loss += part_loss.detach()
+        """One optimiser step on the examples of `step`, in `accumulate` forward and backward passes."""
+        passes = [self._backward(step, part) for part in range(self.settings.accumulate)]
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, s.clip or float("inf"))
-        result = StepResult(loss.item(), norm.item(), load_balance)
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
+        result = _step_result(passes, norm)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise NonFiniteLoss(self._diagnosis(step, result))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def inputs(self, step: int, part: int) -> dict[str, Tensor | None]:
-        """The tokens of one forward pass as the model takes them: rows where all segments are of one length."""
-        batch = self.batches.batch(step, rank=part, world=self.settings.accumulate)
-        device = self.model.embed.weight.device
-        ids, targets = batch.ids.to(device), batch.targets.to(device)
-        if batch.dense:
-            shape = (-1, self.batches.context)
-            return {"ids": ids.view(shape), "targets": targets.view(shape), "cu_seqlens": None}
-        return {"ids": ids, "targets": targets, "cu_seqlens": batch.cu_seqlens.to(device)}
+    def _backward(self, step: int, part: int) -> Pass:
+        """The gradients of one pass, added to those of the step; the pass without its graph."""
+        with self.precision():
+            done = self.objective.forward(step, part)
+        objective, balance = done.loss, done.load_balance
+        if balance is not None:
+            balance = balance / self.settings.accumulate
+            objective = objective + balance
+        objective.backward()
+        return done._replace(loss=done.loss.detach(), load_balance=None if balance is None else balance.detach())
 
     def _diagnosis(self, step: int, result: StepResult) -> str:
-        tokens = step * self.settings.batch_tokens
         what = "loss is" if not math.isfinite(result.loss) else "gradient norm is"
         value = result.loss if not math.isfinite(result.loss) else result.grad_norm
         gradients = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         self.optimizer.zero_grad(set_to_none=True)
-        passes = (self.inputs(step, part) for part in range(self.settings.accumulate))
-        place = next((p for x in passes if (p := first_non_finite(self.model, x, self.precision)) is not None), None)
+        place = self._first_non_finite(step)
         where = f"first in the output of {place}" if place else f"first in the gradient of {', '.join(gradients[-1:])}"
-        return f"the {what} {value} at step {step + 1} (after {tokens:,} tokens), {where}; the optimiser has not moved"
+        return f"the {what} {value} at step {step + 1}, {where}; the optimiser has not moved"
+
+    @torch.no_grad()
+    def _first_non_finite(self, step: int) -> str | None:
+        """The innermost module whose output is the first that is not finite in `step`; None if all are finite."""
+        # a compiled model would not notice the hooks
+        with torch.compiler.set_stance("force_eager"), watched(self.model) as found, self.precision():
+            for part in range(self.settings.accumulate):
+                self.objective.forward(step, part)
+        return found[0] if found else None
 
 
-@torch.no_grad()
-def first_non_finite(
-    model: nn.Module, inputs: dict[str, Tensor | None], precision: Callable[[], AbstractContextManager]
-) -> str | None:
-    """The innermost module whose output is the first that is not finite on these inputs; None if all are finite."""
+def _step_result(passes: list[Pass], norm: Tensor) -> StepResult:
+    balances = [p.load_balance for p in passes if p.load_balance is not None]
+    return StepResult(
+        loss=_sum([p.loss for p in passes]),
+        grad_norm=norm.item(),
+        num_tokens=sum(p.num_tokens for p in passes),
+        load_balance=_sum(balances) if balances else None,
+        metrics={name: _sum([p.metrics[name] for p in passes]) for name in passes[0].metrics},
+    )
+
+
+def _sum(values: list[Tensor]) -> float:
+    return torch.stack(values).sum().item()
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[list[str]]:
+    """While inside, the innermost module whose output is the first that is not finite has its name put into the list."""
     found: list[str] = []
 
     def watch(name: str):
@@ -204,18 +232,10 @@ def first_non_finite(
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        with precision():
-            model(**inputs, return_state=False)
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
-
-
-def save_batch(batches: Batches, step: int, path: Path) -> None:
-    """The tokens of a step as a safetensors file, to look at."""
-    batch = batches.batch(step)
-    save_file({"ids": batch.ids, "targets": batch.targets, "cu_seqlens": batch.cu_seqlens}, path)
 
 
 class _Stopped:

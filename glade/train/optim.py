@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from glade.train.config import TrainSettings
+from glade.train.config import LoopSettings
 
 # by the last part of the name: rates and offsets of the decay
 _NEVER = ("A_log", "dt_bias")
@@ -31,12 +31,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
 
 
-def peak_learning_rate(settings: TrainSettings, dim: int) -> float:
+def peak_learning_rate(settings: LoopSettings, dim: int) -> float:
     """`train.lr`, or 0.004 at width 128 falling as 1 / sqrt(width): wider models need smaller steps."""
     return settings.lr if settings.lr is not None else 0.004 * (128 / dim) ** 0.5
 
 
-def build_optimizer(model: nn.Module, settings: TrainSettings, lr: float) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, settings: LoopSettings, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay),
         lr=lr,

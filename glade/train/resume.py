@@ -13,9 +13,9 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,30 +26,56 @@ from glade import config as settings
 from glade.errors import CheckpointError, ConfigError
 from glade.model.atomic import replace_link_atomically, write_file_atomically, write_folder_atomically
 from glade.model.checkpoint import write_checkpoint_files
-from glade.train.config import TrainRun
 
 RUNS = Path("runs")
 
 
+class RunConfig(Protocol):
+    """What the config of every kind of run answers."""
+
+    @property
+    def run(self) -> str | None: ...
+
+    @property
+    def resume(self) -> bool: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def name(self) -> str:
+        """What a run folder is called where none is named, before the number."""
+        ...
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings by name that a resumed run must have kept."""
+        ...
+
+
 @dataclass
 class Progress:
-    """How far a run is. `best_loss` is the lowest held-out loss so far, in nats a token."""
+    """How far a run is. `best` is the rank of its best held-out evaluation so far: numbers that are better lower, the
+    first that differs deciding.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best_loss: float = float("inf")
+    best: list[float] = field(default_factory=lambda: [float("inf")])
     best_step: int = 0
 
 
-def open_run(config: TrainRun) -> Path:
+def open_run(config: RunConfig) -> Path:
     """The run's folder: a new one, or with `resume` the existing one. Nothing is written yet.
 
     Raises:
         ConfigError: the folder holds a run already and resume is off, or resume changes what the weights mean.
         CheckpointError: there is nothing to resume.
     """
-    folder = next_run(config.model.mixer) if config.run is None else Path(config.run)
+    folder = next_run(config.name) if config.run is None else Path(config.run)
     has_run = (folder / "checkpoints" / "last").is_dir()
     if not config.resume:
         if has_run or (folder.is_dir() and any(folder.iterdir())):
@@ -57,30 +83,37 @@ def open_run(config: TrainRun) -> Path:
         return folder
     if not has_run:
         raise CheckpointError(f"{folder} has no checkpoints/last to resume from; start it without --resume")
-    _check_unchanged(settings.load(TrainRun, folder / "config.yaml"), config, folder)
+    _check_unchanged(saved_config(type(config), folder), config, folder)
     return folder
 
 
-def _check_unchanged(saved: TrainRun, config: TrainRun, folder: Path) -> None:
+def saved_config(kind: type[Any], folder: Path) -> Any:
+    """config.yaml of a run folder.
+
+    Raises:
+        CheckpointError: it is of another kind of run, or missing.
+    """
+    path = folder / "config.yaml"
+    try:
+        return settings.load(kind, path)
+    except (ConfigError, OSError) as error:
+        raise CheckpointError(f"{path} is not the config of such a run ({error}); use the verb that made it") from error
+
+
+def _check_unchanged(saved: RunConfig, config: RunConfig, folder: Path) -> None:
     """ConfigError if `config` changes what the saved weights or the order of the samples mean."""
-    vocab_size = config.model.vocab_size or saved.model.vocab_size
-    before = settings.to_dict(saved.model.resolve())
-    now = settings.to_dict(replace(config.model, vocab_size=vocab_size).resolve())
-    changed = [f"model.{key}: {before[key]} to {now[key]}" for key in now if before[key] != now[key]]
-    if saved.data.tokenizer != config.data.tokenizer:
-        changed.append(f"data.tokenizer: {saved.data.tokenizer} to {config.data.tokenizer}")
-    if saved.seed != config.seed:
-        changed.append(f"seed: {saved.seed} to {config.seed}")
+    before, now = saved.fixed(), config.fixed()
+    changed = [f"{key}: {before[key]} to {now[key]}" for key in now if before[key] != now[key]]
     if changed:
         raise ConfigError(f"{folder} was trained otherwise ({', '.join(changed)}); resume keeps that, so leave it out")
 
 
-def next_run(mixer: str) -> Path:
-    """The first of runs/MIXER-001, -002, ... that does not exist."""
+def next_run(name: str) -> Path:
+    """The first of runs/NAME-001, -002, ... that does not exist."""
     number = 1
-    while (RUNS / f"{mixer}-{number:03d}").exists():
+    while (RUNS / f"{name}-{number:03d}").exists():
         number += 1
-    return RUNS / f"{mixer}-{number:03d}"
+    return RUNS / f"{name}-{number:03d}"
 
 
 def newest_run() -> Path:
@@ -184,7 +217,7 @@ def _restore_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def write_config(run: Path, config: TrainRun) -> None:
+def write_config(run: Path, config: RunConfig) -> None:
     """config.yaml: every setting of the run, replaced whole."""
     run.mkdir(parents=True, exist_ok=True)
     write_file_atomically(run / "config.yaml", settings.to_yaml(config).encode("utf-8"))
