@@ -87,6 +87,16 @@ VERBS = {
         positional=("checkpoint", "text"),
         examples=('glade score runs/demo "To be, or not to be" --top=5', "glade score runs/demo --file=a.txt --json"),
     ),
+    "serve": Verb(
+        run="glade.serve.server:run",
+        config="glade.serve.config:ServeConfig",
+        help="an OpenAI-compatible API and a web page",
+        positional=("checkpoints",),
+        examples=(
+            "glade serve runs/demo",
+            "glade serve runs/base runs/aligned --names=base,aligned --serve.port=8000",
+        ),
+    ),
     "compare": Verb(
         run="glade.train.compare:run",
         config="glade.train.compare:CompareConfig",

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,16 @@ from torch import Tensor
 from glade.data.tokenizer import Tokenizer
 from glade.errors import ConfigError, DataError
 from glade.infer.config import ScoreConfig
+from glade.infer.engine import check_length, check_prompt
 from glade.infer.generate import read_input, tokenizer_of
+from glade.infer.text import AnswerText, TextToken
 from glade.interop.load import load
 from glade.model.lm import LanguageModel
 
 # a long text is scored in pieces, so that memory does not grow with it
 _PIECE_TOKENS = 4096
+# and in smaller ones where the logits of every token are wanted
+_LOGITS_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,37 @@ def score_ids(model: LanguageModel, ids: list[int]) -> tuple[Tensor, Tensor]:
         losses.append(loss[0])
     logits, _ = model(tokens[:, -1:], state, logits="last")
     return -torch.cat(losses), logits[0]
+
+
+@torch.no_grad()
+def score_prompt(model: LanguageModel, tokenizer: Tokenizer, ids: Sequence[int], top: int = 0) -> list[TextToken]:
+    """Every token of a prompt with its log-probability after those before it, and the `top` most likely ones there.
+
+    The first follows nothing: its log-probability is 0, and nothing is listed beside it. Nowhere are more than a piece
+    of the logits in memory.
+
+    Raises:
+        DataError: no ids, or one that the model does not have.
+        ConfigError: more ids than the model has learned positions.
+    """
+    check_prompt(ids, tokenizer.vocab_size)
+    check_length(model, len(ids), 0, None)
+    text = AnswerText(tokenizer)
+    scored = list(text.push(ids[0], ended="length" if len(ids) == 1 else None).tokens)
+    tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    state, at = None, 0
+    for inputs, drawn in zip(
+        tokens[:, :-1].split(_LOGITS_TOKENS, 1), tokens[:, 1:].split(_LOGITS_TOKENS, 1), strict=True
+    ):
+        logits, state = model(inputs, state)
+        logprobs = logits[0, :, : tokenizer.vocab_size].float().log_softmax(dim=-1)
+        best, best_ids = logprobs.topk(min(top, tokenizer.vocab_size), dim=-1)
+        own = logprobs.gather(1, drawn[0, :, None])[:, 0].tolist()
+        for id, logprob, *others in zip(drawn[0].tolist(), own, best_ids.tolist(), best.tolist(), strict=True):
+            at += 1
+            ended = "length" if at == len(ids) - 1 else None
+            scored += text.push(id, logprob, tuple(zip(*others, strict=True)), ended=ended).tokens
+    return scored
 
 
 def run(config: ScoreConfig) -> None:
