@@ -97,12 +97,31 @@ VERBS = {
             "glade serve runs/base runs/aligned --names=base,aligned --serve.port=8000",
         ),
     ),
+    "prefer": Verb(
+        run="glade.train.prefer:run",
+        config="glade.train.prefer_config:PreferConfig",
+        help="make preference pairs from a model's own samples",
+        positional=("checkpoint",),
+        output="out",
+        examples=(
+            "glade prefer runs/demo --out=pairs.jsonl",
+            "glade prefer runs/demo --out=pairs.jsonl --prompts=prompts.txt --scorer=repetition --num=8",
+            "glade prefer runs/small --out=pairs.jsonl --corpus=books/ --scorer=logprob --judge=runs/large",
+        ),
+    ),
     "compare": Verb(
         run="glade.train.compare:run",
         config="glade.train.compare:CompareConfig",
         help="several runs in one table and one plot",
         positional=("runs",),
         examples=("glade compare runs/gdn2 runs/kla runs/softmax",),
+    ),
+    "bench": Verb(
+        run="glade.bench:run",
+        config="glade.bench:BenchConfig",
+        help="find the GPU kernels' block sizes for this machine",
+        positional=("what",),
+        examples=("glade bench tune", "glade bench tune --corners=gdn,gdn2 --dims=128x128,256x256"),
     ),
     "doctor": Verb(
         run="glade.doctor:run",

@@ -85,9 +85,9 @@ def ends_with_answer(messages: Sequence[Message], name: str) -> None:
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """What the model reads before it answers these messages."""
-    _check_contents(tokenizer, messages)
-    return tokenizer.template_ids(tokenizer.chat(messages), first=True)
+    """What the model reads before it answers these messages: the same ids as in training on an answer to them."""
+    *context, _ = segments(tokenizer, [*messages, {"role": "assistant", "content": ""}])
+    return [id for segment in context for id in segment.ids]
 
 
 def segments(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Segment]:

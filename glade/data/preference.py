@@ -110,12 +110,11 @@ def parse_pair(row: dict[str, Any]) -> TextPair:
 
     Raises:
         BadRow: missing keys, wrong types, an empty completion, equal completions, conversations that differ before
-            their last turn.
+            their last turn, a vote that is a tie.
     """
-    for key in ("chosen", "rejected"):
-        if key not in row:
-            raise BadRow(f"no {key!r}; its keys are {', '.join(map(repr, row)) or 'none'}")
-    pair = _parse(row)
+    if row.get("tie"):
+        raise BadRow("a tie, 'tie' is true: neither answer is preferred")
+    pair = parse_sides(row)
     for key, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not text.strip():
             raise BadRow(f"{key!r} is empty")
@@ -124,7 +123,11 @@ def parse_pair(row: dict[str, Any]) -> TextPair:
     return pair
 
 
-def _parse(row: dict[str, Any]) -> TextPair:
+def parse_sides(row: dict[str, Any]) -> TextPair:
+    """`parse_pair` without asking whether one of the answers can be preferred: they may be empty, equal, or a tie."""
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise BadRow(f"no {key!r}; its keys are {', '.join(map(repr, row)) or 'none'}")
     chosen, rejected = row["chosen"], row["rejected"]
     if "conversations" in row:
         return TextPair(
@@ -177,26 +180,24 @@ def tokenize_pair(pair: TextPair, tokenizer: Tokenizer, separator: str = "") -> 
         BadRow: completions that differ only in what the template leaves out. DataError: a character that the tokenizer
             cannot spell, or no chat template for a conversation.
     """
-    if isinstance(pair.prompt, str):
-        prompt, chosen, rejected = _plain(pair.prompt, pair, tokenizer, separator)
-    else:
-        prompt, chosen, rejected = _chat(pair.prompt, pair, tokenizer)
+    prompt, chosen = answer_ids(tokenizer, pair.prompt, pair.chosen, separator)
+    rejected = answer_ids(tokenizer, pair.prompt, pair.rejected, separator)[1]
     if chosen == rejected:
         raise BadRow("'chosen' and 'rejected' are the same tokens")
-    return Pair(tuple(prompt), tuple(chosen), tuple(rejected))
+    return Pair(prompt, chosen, rejected)
 
 
-def _plain(prompt: str, pair: TextPair, tokenizer: Tokenizer, separator: str) -> tuple[list[int], list[int], list[int]]:
-    # what follows nothing begins the document
-    encode = tokenizer.continuation if prompt else tokenizer.encode
-    completions = [[*encode((separator if prompt else "") + text), tokenizer.eos_id] for text in pair[1:]]
-    return tokenizer.prompt(prompt), completions[0], completions[1]
+def answer_ids(
+    tokenizer: Tokenizer, prompt: str | list[Message], answer: str, separator: str = ""
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids of a prompt and of one answer to it, with its EOS: of texts, or through the chat template.
 
-
-def _chat(prompt: list[Message], pair: TextPair, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
-    before, completions = [], []
-    for text in pair[1:]:
-        *context, answer = segments(tokenizer, [*prompt, {"role": "assistant", "content": text}])
-        before = [id for segment in context for id in segment.ids]
-        completions.append(answer.ids)
-    return before, completions[0], completions[1]
+    Raises:
+        DataError: as `tokenize_pair`.
+    """
+    if isinstance(prompt, str):
+        # what follows nothing begins the document
+        ids = tokenizer.continuation(separator + answer) if prompt else tokenizer.encode(answer)
+        return tuple(tokenizer.prompt(prompt)), (*ids, tokenizer.eos_id)
+    *context, last = segments(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+    return tuple(id for segment in context for id in segment.ids), tuple(last.ids)
