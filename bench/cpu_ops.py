@@ -1,14 +1,15 @@
 """Backend `cpu` of `linear_attention` beside the peers that run on a CPU, forward and forward+backward.
 
-    python bench/cpu_ops.py                                          # everything; half an hour
-    python bench/cpu_ops.py --ops gdn --shapes 8x256x4x64 --threads 1
+    GOMP_SPINCOUNT=1000 python bench/cpu_ops.py                      # everything; an hour
+    python bench/cpu_ops.py --ops gdn --shapes 8x256x4x64 --threads 1 --modes forward --peers transformers llama
 
 One process, fp32, unit keys, H = HV, K = V, no state given. The contenders of a case take turns, so that whatever
 else the machine does meets all alike; `ratio` is the peer's lower quartile over ours (p25_ms), since a disturbed call
-is only ever slower. Nothing is timed before its output agrees with ours. The peers are what is importable of
-transformers (`torch_chunk_gated_delta_rule`), FLA's naive references, bitsandbytes-cpu-fork's fused kernel, and torch's
-causal softmax attention; the row "fp32 GEMM" is the time in which a product of 512 x 512 matrices, also taking its
-turn, does as many operations: there the ratio is the share of that peak.
+is only ever slower. Nothing is timed before its output agrees with ours. The peers are what is installed of
+transformers (`torch_chunk_gated_delta_rule`), FLA's naive references, bitsandbytes-cpu-fork's fused kernel, llama.cpp's
+op (ggml_op.py; forward only), and torch's causal softmax attention. The row "fp32 GEMM" is the time in which a product
+of 512 x 512 matrices, also taking its turn, does as many operations: there the ratio is the share of that peak. With
+several threads the row "glade, 1 thread" says what they gain.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import ggml_op
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +39,7 @@ OPS = ("gdn", "kda", "gdn2", "gla")
 SHAPES = ("8x256x4x64", "1x2048x8x64", "1x2048x8x128", "1x8192x8x64")
 COLUMNS = ["op", "shape", "dtype", "device", "threads", "versions", "median_ms", "p20_ms", "p25_ms", "p80_ms"]
 COLUMNS += ["peer", "peer_median_ms", "peer_p25_ms", "ratio", "peak_bytes", "command"]
+MODES = ("forward", "forward+backward")
 CHUNK = 16
 Inputs = dict[str, Tensor]
 
@@ -46,6 +49,7 @@ class Peer(NamedTuple):
     run: Callable[[Inputs], Tensor]
     max_tokens: int
     exact: bool = True  # computes what we compute, so that its output is compared
+    backward: bool = True
 
 
 def glade_op(x: Inputs) -> Tensor:
@@ -106,7 +110,25 @@ def peers_of(op: str) -> Iterator[Peer]:
             return fused(x["q"], x["k"], x["v"], x["erase"], x["g"], scale=x["q"].shape[-1] ** -0.5)[0]
 
         yield Peer("bitsandbytes-cpu-fork", run, 8192)
+    if op in ("gdn", "kda") and ggml_op.libraries():
+        yield Peer("llama.cpp", ggml(), 8192, backward=False)
     yield Peer("softmax SDPA", softmax, 8192, exact=False)
+
+
+def ggml() -> Callable[[Inputs], Tensor]:
+    """llama.cpp's op: its graph holds the inputs of the first call, and the output is copied out once, then."""
+    made: list[tuple[ggml_op.GatedDeltaNet, Tensor]] = []
+
+    def run(x: Inputs) -> Tensor:
+        if not made:
+            graph = ggml_op.GatedDeltaNet(x["q"], x["k"], x["v"], x["g"], x["erase"])
+            graph.compute()
+            made.append((graph, graph.output()))
+        else:
+            made[0][0].compute()
+        return made[0][1]
+
+    return run
 
 
 def inputs_of(op: str, B: int, T: int, H: int, D: int) -> Inputs:
@@ -128,16 +150,17 @@ def both(run: Callable[[Inputs], Tensor], inputs: Inputs, d_o: Tensor) -> tuple[
 
 
 def interleaved_ms(works: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Times of each in turns: at least 3, then until `seconds` have passed, at most 40."""
+    """Times of each in turns, at least 3 turns, then until `seconds` have passed. A turn is one call, or 50 ms."""
     times: dict[str, list[float]] = {name: [] for name in works}
     started = time.perf_counter()
-    for i in range(40):
-        if i >= 3 and time.perf_counter() - started > seconds:
-            break
+    turns = 0
+    while turns < 3 or time.perf_counter() - started < seconds:
+        turns += 1
         for name, work in works.items():
-            before = time.perf_counter()
-            work()
-            times[name].append((time.perf_counter() - before) * 1e3)
+            turn_ends = time.perf_counter() + 0.05
+            while (before := time.perf_counter()) < turn_ends:
+                work()
+                times[name].append((time.perf_counter() - before) * 1e3)
     return times
 
 
@@ -150,28 +173,46 @@ def flops(op: str, B: int, T: int, H: int, D: int, mode: str) -> float:
     return B * T * H * (products * 2 * D * D + triangles * CHUNK * D)
 
 
-def measure(op: str, shape: tuple[int, int, int, int], seconds: float) -> Iterator[dict[str, object]]:
+def on_one_thread(work: Callable[[], object]) -> Callable[[], object]:
+    def alone() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        work()
+        torch.set_num_threads(threads)
+
+    return alone
+
+
+def contenders(peers: list[Peer], inputs: Inputs, mode: str) -> dict[str, Callable[[], object]]:
+    """What takes turns in one mode, by name."""
+    d_o = torch.randn_like(inputs["v"])
+    a, b, c = (torch.randn(512, 512) for _ in range(3))
+
+    def work(run: Callable[[Inputs], Tensor]) -> Callable[[], object]:
+        return lambda: forward(run, inputs) if mode == "forward" else both(run, inputs, d_o)
+
+    works = {"glade": work(glade_op)}
+    if torch.get_num_threads() > 1:
+        works["glade, 1 thread"] = on_one_thread(works["glade"])
+    works |= {peer.name: work(peer.run) for peer in peers if peer.backward or mode == "forward"}
+    return {**works, "gemm": lambda: torch.mm(a, b, out=c)}
+
+
+def measure(op: str, shape: tuple[int, int, int, int], given: argparse.Namespace) -> Iterator[dict[str, object]]:
     B, T, H, D = shape
     inputs = inputs_of(op, *shape)
-    d_o = torch.randn_like(inputs["v"])
-    peers = [peer for peer in peers_of(op) if peer.max_tokens >= T]
+    peers = [peer for peer in peers_of(op) if peer.max_tokens >= T and any(x in peer.name for x in given.peers)]
     expected = forward(glade_op, inputs)
     for peer in peers:
         if peer.exact:
             torch.testing.assert_close(forward(peer.run, inputs), expected, rtol=1e-3, atol=1e-3)
-    a, b, c = (torch.randn(512, 512) for _ in range(3))
-    for mode in ("forward", "forward+backward"):
-
-        def work(run: Callable[[Inputs], Tensor], mode=mode) -> Callable[[], object]:
-            return lambda: forward(run, inputs) if mode == "forward" else both(run, inputs, d_o)
-
-        works = {"glade": work(glade_op), **{peer.name: work(peer.run) for peer in peers}}
-        works["gemm"] = lambda: torch.mm(a, b, out=c)
+    for mode in given.modes:
+        works = contenders(peers, inputs, mode)
         reset_peak()
         before = peak_bytes()
         works["glade"]()
         after = peak_bytes()
-        times = interleaved_ms(works, seconds)
+        times = interleaved_ms(works, given.seconds)
         rate = 2 * 512**3 / lower_quartile(times["gemm"])
         times["fp32 GEMM"] = [flops(op, B, T, H, D, mode) / rate] * len(times.pop("gemm"))
         ours = times.pop("glade")
@@ -198,7 +239,7 @@ def lower_quartile(times: list[float]) -> float:
 
 def versions() -> str:
     named = [("glade", "glade"), ("torch", "torch"), ("transformers", "transformers"), ("fla", "fla-core")]
-    named += [("bitsandbytes-cpu-fork", "bitsandbytes-cpu-fork")]
+    named += [("bitsandbytes-cpu-fork", "bitsandbytes-cpu-fork"), ("llama-cpp-python", "llama_cpp_python")]
     found = []
     for name, distribution in named:
         try:
@@ -239,6 +280,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="BxTxHxD")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--peers", nargs="+", default=[""], help="parts of their names; every one by default")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=15, help="for one op, shape and mode")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -255,7 +298,7 @@ def main() -> None:
             for op in given.ops:
                 dims = tuple(int(x) for x in shape.split("x"))
                 assert len(dims) == 4, shape
-                rows = [{**constant, "threads": threads, **row} for row in measure(op, dims, given.seconds)]
+                rows = [{**constant, "threads": threads, **row} for row in measure(op, dims, given)]
                 write_rows(given.out, rows)
                 for row in rows:
                     print(*(row[name] for name in ("op", "shape", "threads", "p25_ms", "peer", "peer_p25_ms", "ratio")))
