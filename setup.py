@@ -29,6 +29,7 @@ FLAGS = [
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=fast",
+    "-fno-math-errno",
     "-Wall",
     "-Wextra",
     "-Wno-psabi",
@@ -78,7 +79,7 @@ def build_kernel(cc: list[str], library: Path, extra: tuple[str, ...] = ()) -> N
         library.parent.mkdir(parents=True, exist_ok=True)
         # to its final name in one step: a running process may have the old one mapped
         fresh = library.with_suffix(".fresh")
-        _run([*cc, "-shared", "-pthread", *extra, *objects, "-o", str(fresh)])
+        _run([*cc, "-shared", "-pthread", *extra, *objects, "-lm", "-o", str(fresh)])
         fresh.replace(library)
 
 

@@ -1,0 +1,213 @@
+"""What lowering writes into: places in the workspace, tensors of the state, instructions, and the weights they name."""
+
+from ctypes import Structure
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from glade.infer.native.program import Program, StateSlot, Weight
+from glade.infer.native.records import (
+    DTYPES,
+    Act,
+    Instruction,
+    Matmul,
+    Matrix,
+    Norm,
+    NormKind,
+    Part,
+    Projected,
+    Rotation,
+    Target,
+    Vector,
+    instruction,
+    vector,
+)
+from glade.model.lm import LanguageModel
+from glade.model.norm import LayerNorm, RMSNorm, RMSNormEpsOutside
+
+_FLOATS = (torch.float32, torch.bfloat16)
+# a place begins a cache line
+_ALIGNED = 16
+
+
+class CannotLower(Exception):
+    """Why a model has no native decode step."""
+
+
+class Stream(NamedTuple):
+    """The residual stream: its place in the workspace and its width."""
+
+    place: int
+    dim: int
+
+
+class Builder:
+    """Collects one program."""
+
+    def __init__(self) -> None:
+        self._instructions: list[Instruction] = []
+        self._slots: list[StateSlot] = []
+        self._weights: list[Weight] = []
+        self._constants: list[Tensor] = []
+        self._rotations: dict[tuple[float, int], int] = {}
+        self._used = self._most = 0
+
+    def add(self, operands: Structure) -> None:
+        self._instructions.append(instruction(operands))
+
+    # places in the workspace
+
+    def place(self, width: int) -> int:
+        """Room for `width` numbers of each row, until a `release` to a `mark` before it."""
+        place = self._used
+        self._used += -(-width // _ALIGNED) * _ALIGNED
+        self._most = max(self._most, self._used)
+        return place
+
+    def mark(self) -> int:
+        return self._used
+
+    def release(self, mark: int) -> None:
+        self._used = mark
+
+    def rotation(self, theta: float, dims: int) -> int:
+        """The place of cos and sin of `glade.ops.rope`; made once at the program's start for all layers alike."""
+        key = (theta, dims)
+        if key not in self._rotations:
+            raise AssertionError("rotations are asked for before the first block")
+        return self._rotations[key]
+
+    def add_rotation(self, theta: float, dims: int) -> None:
+        if (theta, dims) in self._rotations or not dims:
+            return
+        pair = torch.arange(0, dims, 2, dtype=torch.float32)
+        frequencies = self.constant(theta ** (-pair / dims))
+        place = self._rotations[(theta, dims)] = self.place(dims)
+        self.add(Rotation(frequencies=frequencies.data, num=dims // 2, output=place))
+
+    # weights
+
+    def constant(self, x: Tensor) -> Vector:
+        """A tensor that is the program's own."""
+        self._constants.append(x)
+        return vector(x)
+
+    def weight(self, module: nn.Module, name: str) -> Tensor | None:
+        """The parameter or buffer `name` of `module`, as it lies in memory; None if it is None.
+
+        Raises:
+            CannotLower: it is not on the CPU, has gaps, or is of a dtype that no instruction reads.
+        """
+        if getattr(module, name) is None:
+            return None
+        owner = module._parameters if name in module._parameters else module._buffers
+        x = cast(Tensor, owner[name])
+        if x.device.type != "cpu":
+            raise CannotLower(f"the model is on {x.device}, and the native decode step is the CPU's")
+        if x.dtype not in DTYPES:
+            raise CannotLower(
+                f"its weights are {str(x.dtype).removeprefix('torch.')}; float32, bfloat16 and int8 are read"
+            )
+        if not x.is_contiguous():
+            raise CannotLower(f"{name} of a {type(module).__name__} is not contiguous in memory")
+        self._weights.append(Weight(cast("dict[str, Any]", owner), name, x.data_ptr(), x.dtype))
+        return x
+
+    def vector(self, module: nn.Module, name: str) -> Vector:
+        """The same of a tensor of floats, flattened."""
+        x = self.weight(module, name)
+        assert x is None or x.dtype in _FLOATS
+        return vector(x)
+
+    def matrix(self, module: nn.Module) -> Matrix:
+        """The weight [rows, columns] of a linear map or of a table, and its bias."""
+        if type(module) not in (nn.Linear, nn.Embedding):
+            raise CannotLower(f"a {type(module).__name__} stands where a linear map was expected")
+        bias = self.vector(module, "bias") if isinstance(module, nn.Linear) else Vector()
+        return self.parameter_matrix(module, "weight", bias)
+
+    def parameter_matrix(self, module: nn.Module, name: str, bias: Vector | None = None) -> Matrix:
+        x = self.weight(module, name)
+        assert x is not None
+        return Matrix(x.data_ptr(), DTYPES[x.dtype], None, bias or Vector(), *x.shape)
+
+    def norm(self, module: nn.Module) -> Norm:
+        """A norm of `glade.model.norm`, or none where `make_norm` made the identity."""
+        if isinstance(module, nn.Identity):
+            return Norm()
+        kinds: dict[type[nn.Module], NormKind] = {
+            RMSNorm: NormKind.RMS,
+            RMSNormEpsOutside: NormKind.RMS_EPS_OUTSIDE,
+            LayerNorm: NormKind.LAYER,
+        }
+        if type(module) not in kinds:
+            raise CannotLower(f"a {type(module).__name__} stands where a norm was expected")
+        bias = self.vector(module, "bias") if isinstance(module, LayerNorm) else Vector()
+        return Norm(kinds[type(module)], self.vector(module, "weight"), bias, cast(Any, module).eps)
+
+    # state
+
+    def state(
+        self, layer: int, field: str, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...] = _FLOATS
+    ) -> int:
+        """The number of one tensor of the state, [rows, *shape]."""
+        self._slots.append(StateSlot(layer, field, shape, dtypes))
+        return len(self._slots) - 1
+
+    # instructions that several parts of a model use
+
+    def matmul(
+        self,
+        source: int,
+        columns: int,
+        parts: list[tuple[Matrix, int]],
+        *,
+        norm: Norm | None = None,
+        activation: Act = Act.NONE,
+        target: Target = Target.STORE,
+    ) -> None:
+        """Matrices times one input, each to its own place."""
+        op = Matmul(norm or Norm(), source, columns, len(parts), activation, target)
+        for i, (matrix, output) in enumerate(parts):
+            assert matrix.columns == columns, (matrix.columns, columns)
+            op.parts[i] = Part(matrix, output)
+        self.add(op)
+
+    def program(self, model: LanguageModel) -> Program:
+        return Program(
+            self._instructions,
+            row_floats=self._most,
+            num_layers=len(model.layers),
+            slots=self._slots,
+            weights=self._weights,
+            children=[(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules],
+            constants=self._constants,
+            vocab_size=cast(int, model.config.vocab_size),
+            learned_positions=model.config.learned_positions,
+        )
+
+
+class Projections:
+    """The projections of one mixer, which all read the same input and so become one product."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self.parts: list[tuple[Matrix, int]] = []
+
+    def add(self, module: nn.Module) -> int:
+        """A linear map of the input; the place of its answer."""
+        matrix = self.builder.matrix(module)
+        place = self.builder.place(matrix.rows)
+        self.parts.append((matrix, place))
+        return place
+
+    def add_factored(self, module: nn.Module, *, silu: bool = False) -> Projected:
+        """A map of full rank, or the first of two factors: the second is applied where a head reads the answer."""
+        if not isinstance(module, nn.Sequential):
+            return Projected(self.add(module), 0, Matrix())
+        first, second = module.children()
+        return Projected(self.add(first), int(silu), self.builder.matrix(second))
+
+    def emit(self, stream: Stream, norm: Norm) -> None:
+        self.builder.matmul(stream.place, stream.dim, self.parts, norm=norm)

@@ -1,0 +1,177 @@
+"""A lowered model: its instructions, and the one call that runs them for a token a row.
+
+The weights are read where they are, so new values count at once; that they are still there is asked before each run
+(`Program.is_current`). The state's tensors are updated in place.
+"""
+
+from ctypes import addressof, c_int64
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glade.infer.native.records import DTYPES, Instruction, Run, StateTensor, Status
+from glade.model.mixers.attention import MIN_CAPACITY
+from glade.model.state import State
+from glade.ops import native
+from glade.ops.attention import reserve
+
+
+class StateSlot(NamedTuple):
+    """One tensor of the state that instructions name by its place in the list."""
+
+    layer: int
+    field: str
+    shape: tuple[int | None, ...]  # without rows; None: any
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Weight(NamedTuple):
+    """A tensor whose address is in the program, and where the model keeps it."""
+
+    owner: dict[str, Any]
+    name: str
+    address: int
+    dtype: torch.dtype
+
+
+class _Bound(NamedTuple):
+    """A state as the library reads it; holds the tensors, so that the addresses stay good."""
+
+    layers: tuple[Any, ...]
+    position: Tensor
+    table: Any
+    lengths: Any
+
+
+class Program:
+    """Instructions for one token of a model, and the workspace they run in. Not for two threads at once."""
+
+    def __init__(
+        self,
+        instructions: list[Instruction],
+        row_floats: int,
+        num_layers: int,
+        slots: list[StateSlot],
+        weights: list[Weight],
+        children: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]],
+        constants: list[Tensor],
+        vocab_size: int,
+        learned_positions: int,
+    ) -> None:
+        self._instructions = (Instruction * len(instructions))(*instructions)
+        self._slots = slots
+        self._weights = weights
+        self._children = children
+        self._constants = constants  # kept because their addresses are in the instructions
+        self._workspace = torch.empty(0)
+        self._bound: _Bound | None = None
+        self._num_layers = num_layers
+        self._growing = sorted({slot.layer for slot in slots if slot.shape[0] is None})
+        self._run = Run(
+            num_instructions=len(instructions),
+            instructions=addressof(self._instructions),
+            row_floats=row_floats,
+            vocab_size=vocab_size,
+            most_positions=learned_positions,
+        )
+
+    def is_current(self) -> bool:
+        """Whether the model's weights are where they were when it was lowered. Their values may have changed."""
+        for owner, name, address, dtype in self._weights:
+            x = owner.get(name)
+            if x is None or x.data_ptr() != address or x.dtype is not dtype:
+                return False
+        return all(tuple(modules.values()) == children for modules, children in self._children)
+
+    def run(self, ids: Tensor, state: State, slots: Tensor | None) -> Tensor:
+        """One token a row: `state` moves on in place. Logits [B, vocab_size] in fp32.
+
+        Raises:
+            ValueError: an id, slot or position out of range, or a state of another model; nothing has changed then.
+        """
+        self._grow(state)
+        bound = self._bind(state)
+        if len(self._workspace) < len(ids) * self._run.row_floats:
+            self._workspace = torch.empty(len(ids) * self._run.row_floats)
+        ids = ids.to(torch.int64).contiguous()
+        slots = None if slots is None else slots.to(torch.int64).contiguous()
+        logits = torch.empty(len(ids), self._run.vocab_size)
+        run = self._run
+        run.num_rows, run.num_threads, run.num_state_rows = len(ids), torch.get_num_threads(), len(state)
+        run.workspace, run.states = self._workspace.data_ptr(), addressof(bound.table)
+        run.ids, run.slots = ids.data_ptr(), None if slots is None else slots.data_ptr()
+        run.positions, run.logits = bound.position.data_ptr(), logits.data_ptr()
+        run.lengths, run.num_lengths = addressof(bound.lengths), len(bound.lengths)
+        assert native.LIBRARY is not None
+        status = native.LIBRARY.call("glade_decode", bytes(run))
+        if status:
+            self._refuse(Status(status), ids, slots, state)
+        return logits
+
+    def _grow(self, state: State) -> None:
+        """Gives the layers whose keys and values grow room for one token more."""
+        if not self._growing or not len(state):
+            return
+        longest, layers = int(state.position.max()), list(state.layers)
+        for layer in self._growing:
+            capacity = layers[layer].k.shape[1]
+            if longest >= capacity:
+                layers[layer] = reserve(layers[layer], max(2 * capacity, MIN_CAPACITY))
+        if any(new is not old for new, old in zip(layers, state.layers, strict=True)):
+            state.layers = tuple(layers)
+
+    def _bind(self, state: State) -> _Bound:
+        """The addresses of a state, made anew when its tensors are others than last time."""
+        bound = self._bound
+        if bound is not None and bound.layers is state.layers and bound.position is state.position:
+            return bound
+        if len(state.layers) != self._num_layers:
+            raise ValueError(
+                f"state has {len(state.layers)} layers, the model {self._num_layers}: it is of another model"
+            )
+        state.layers = tuple(type(layer)(*(x.contiguous() for x in layer)) for layer in state.layers)
+        table = (StateTensor * len(self._slots))()
+        for i, slot in enumerate(self._slots):
+            x = _checked(state, slot)
+            table[i] = StateTensor(x.data_ptr(), DTYPES[x.dtype], x[0].numel() if len(x) else 0)
+        counts = [state.position, *(layer.length for layer in state.layers if hasattr(layer, "length"))]
+        for count in counts:
+            # one count serves for all layers where they read, so they must agree
+            if count.dtype != torch.int64 or not torch.equal(count, state.position):
+                raise ValueError("the layers of this state have seen other numbers of tokens than state.position says")
+        lengths = (c_int64 * len(counts))(*(count.data_ptr() for count in counts))
+        self._bound = _Bound(state.layers, state.position, table, lengths)
+        return self._bound
+
+    def _refuse(self, status: Status, ids: Tensor, slots: Tensor | None, state: State) -> None:
+        vocab_size, positions = self._run.vocab_size, self._run.most_positions
+        if status is Status.BAD_ID:
+            raise ValueError(
+                f"ids holds {int(ids.min())} to {int(ids.max())}; the vocabulary has {vocab_size} entries, 0 to "
+                f"{vocab_size - 1}. Was it made with this model's tokenizer?"
+            )
+        if status is Status.BAD_SLOT:
+            given = None if slots is None else slots.tolist()
+            raise ValueError(f"slots are {given}; give distinct rows of the state, 0 to {len(state) - 1}")
+        if status is Status.BAD_POSITION:
+            raise ValueError(
+                f"the sequence reaches position {int(state.position.max())}; this model has {positions} learned "
+                "positions, so it reads no further. Shorten the text, or use a model with rotary or no positions"
+            )
+        raise AssertionError(status)
+
+
+def _checked(state: State, slot: StateSlot) -> Tensor:
+    """The tensor of the state that `slot` means; ValueError if it is another model's."""
+    x = getattr(state.layers[slot.layer], slot.field, None)
+    name = f"state.layers[{slot.layer}].{slot.field}"
+    if x is None:
+        raise ValueError(f"there is no {name}: this state is of another model")
+    fits = all(wanted is None or n == wanted for n, wanted in zip(x.shape[1:], slot.shape, strict=False))
+    if x.dim() != len(slot.shape) + 1 or len(x) != len(state) or not fits:
+        raise ValueError(f"{name} has shape {list(x.shape)}; this model makes {[len(state), *slot.shape]}")
+    if x.dtype not in slot.dtypes or x.device.type != "cpu":
+        allowed = " or ".join(str(dtype) for dtype in slot.dtypes)
+        raise ValueError(f"{name} is {x.dtype} on {x.device}; the native decode step reads {allowed} on the CPU")
+    return x

@@ -1,0 +1,90 @@
+"""The decode step: one token for each row of a batch, by the fastest path there is for the model. Draws nothing."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from glade.infer.native import CannotLower, Program, lower
+from glade.model.lm import LanguageModel
+from glade.model.state import State
+
+
+class Step(Protocol):
+    """`LanguageModel.step_`, whatever runs it."""
+
+    @property
+    def path(self) -> str:
+        """What runs the next token: `native`, the CPU's program, or `torch`, the model's own `step_`."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it is not `native`; empty if it is."""
+        ...
+
+    def __call__(self, ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
+        """Decode: ids [B] int64, `state` updated in place. Logits [B, vocab_size].
+
+        slots: [B] int64, the distinct rows of `state` that ids belong to; None is all, in order
+
+        Raises:
+            ValueError: an id outside the vocabulary, a row beyond the learned positions, or shapes that do not fit.
+        """
+        ...
+
+
+def decode_step(model: LanguageModel) -> Step:
+    """The decode step of `model` as it is whenever it is called: weights may change, move or be cast between calls.
+
+    On the CPU a native program runs the whole model in one call, activations in fp32 whatever the weights are, a row's
+    result the same to the bit in any batch and with any number of threads. What it cannot run (`reason` says why: a
+    mixture of experts, fp16 and fp64 weights, active dropout, another device) goes through `LanguageModel.step_`.
+
+    The step keeps a workspace: one for each thread that decodes. It holds the last state it has seen.
+    """
+    return _DecodeStep(model)
+
+
+class _DecodeStep:
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._program: Program | None = None
+        self._reason = ""
+        self._watched: tuple[object, ...] = ()
+        self._choose()
+
+    @property
+    def path(self) -> str:
+        self._choose()
+        return "torch" if self._program is None else "native"
+
+    @property
+    def reason(self) -> str:
+        self._choose()
+        return self._reason
+
+    def __call__(self, ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
+        self._choose()
+        if self._program is None:
+            return self._model.step_(ids, state, slots)
+        if ids.dim() != 1 or len(ids) != (len(state) if slots is None else len(slots)):
+            rows = f"the state's {len(state)} rows" if slots is None else f"{len(slots)} slots"
+            raise ValueError(f"ids has shape {list(ids.shape)} with {rows}; give one token a row, [B]")
+        return self._program.run(ids, state, slots)
+
+    def _choose(self) -> None:
+        """Lowers the model anew where its weights are no longer what the program was made of."""
+        if self._program is not None and self._program.is_current() and not self._drops():
+            return
+        self._program, self._reason = None, ""
+        if self._drops():
+            self._reason = "the model is in training mode and has dropout; call eval()"
+            return
+        try:
+            self._program = lower(self._model)
+        except CannotLower as reason:
+            self._reason = str(reason)
+
+    def _drops(self) -> bool:
+        config = self._model.config
+        return self._model.training and bool(config.dropout or config.residual_dropout)
