@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "recipes": _BELOW_INTEROP | {"train"},
     "serve": _BELOW_INTEROP | {"interop", "infer", "evals", "train"},
     "doctor": _BELOW_INTEROP | {"interop", "infer"},
+    "bench": _LEAVES | {"ops"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 # the package's front door names everything, lazily

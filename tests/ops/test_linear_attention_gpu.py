@@ -69,16 +69,17 @@ def test_parity(backend, corner, gate, dtype):
     assert not failures(found, dtype), found
 
 
-# In bf16 a given state of unit normals rounds to 2^-9 of itself before it meets a few short rows, and single elements
-# of d_erase then stand at 1.0 to 1.4e-2: short sequences in bf16 start from zeros, those in fp32 from a given state.
+# Products take the state in bf16. With two rows to a maximum, that and the rounding of dR^ alone can stand at 8e-3 and
+# 6e-3 of d_erase (both at 4.6 sigma in one element of gdn2 at T = 2; 3e-3 is usual): the state is one that bf16 holds.
 @gpu
 @over_backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65])
 @pytest.mark.parametrize("corner", ["gla", "gdn", "gdn2"])
 def test_lengths(backend, corner, T, dtype):
-    shape, given_state = Shape(1, T, 2, 2, 64, 64), dtype == torch.float32
-    found = errors(inputs_of(corner, shape, dtype=dtype, given_state=given_state, seed=T), backend)
+    inputs = inputs_of(corner, Shape(1, T, 2, 2, 64, 64), dtype=dtype, seed=T)
+    inputs["state"] = inputs["state"].to(dtype).float()
+    found = errors(inputs, backend)
     assert not failures(found, dtype), found
 
 
@@ -88,9 +89,7 @@ def test_lengths(backend, corner, T, dtype):
 @pytest.mark.parametrize("dims", [(8, 6), (16, 16), (24, 40), (96, 128), (128, 256), (256, 256), (200, 512)], ids=str)
 @pytest.mark.parametrize("corner", ["gla", "gdn", "gdn2"])
 def test_head_dims(backend, corner, dims, dtype):
-    if dtype == torch.bfloat16 and dims[0] < 64:
-        pytest.skip("sums over few channels do not average the roundings of bf16")
-    inputs = inputs_of(corner, Shape(1, 100, 2, 2, *dims), dtype=dtype, given_state=dtype == torch.float32)
+    inputs = inputs_of(corner, Shape(1, 100, 2, 2, *dims), dtype=dtype)
     found = errors(inputs, backend)
     assert not failures(found, dtype), found
 

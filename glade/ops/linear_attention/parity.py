@@ -135,7 +135,7 @@ def errors_between(
     exact_inputs = {name: x if x is None else x.double() for name, x in inputs.items()}
     exact = run_with_gradients(exact_inputs, exact_backend, cu_seqlens)
     found = run_with_gradients(inputs, backend, cu_seqlens)
-    scales = {"dg": _gate_gradient_scale(exact_inputs, exact)} if "dg" in exact else {}
+    scales = {"dg": gate_gradient_scale(exact_inputs, exact)} if "dg" in exact else {}
     return {name: relative_error(x, exact[name], scales.get(name)) for name, x in found.items()}
 
 
@@ -150,7 +150,7 @@ def failures(found: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def _gate_gradient_scale(inputs: dict[str, Any], exact: dict[str, Tensor]) -> float:
+def gate_gradient_scale(inputs: dict[str, Any], exact: dict[str, Tensor]) -> float:
     """The largest of the terms that a gate's gradient is the difference of (summed over channels for a scalar gate)."""
     terms = [inputs[x] * exact[f"d{x}"] for x in ("q", "k", "erase") if inputs[x] is not None]
     if inputs["g"].dim() == 3:

@@ -1,0 +1,59 @@
+"""The block sizes that `glade bench tune` tries, kernel by kernel."""
+
+from typing import NamedTuple
+
+from glade.ops.linear_attention.triton.configs import Config, Launch, is_scalar
+
+# of the kernels that a launch of `Config` starts, for kernels of vector and of scalar gates
+KERNELS = {
+    "prepare": ("prepare_kernel", "scalar_prepare_kernel"),
+    "forward": ("forward_states_kernel", "scalar_forward_states_kernel"),
+    "backward": ("backward_states_kernel", "scalar_backward_states_kernel"),
+    "values": ("values_backward_kernel", None),
+    "keys": ("keys_backward_kernel", "scalar_keys_kernel"),
+}
+
+
+class Candidate(NamedTuple):
+    """One launch of a configuration replaced."""
+
+    chunk: int
+    name: str  # of the launch
+    launch: Launch
+
+    def within(self, config: Config) -> Config:
+        return config._replace(**{self.name: self.launch}, chunk=self.chunk)
+
+
+def kernel_name(corner: tuple[str, ...], launch: str) -> str | None:
+    """The kernel that a launch of this name starts for a corner; None if it has none."""
+    return KERNELS[launch][is_scalar(corner)]
+
+
+def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) -> list[Candidate]:
+    """All to be tried with chunks of `chunk` tokens; what does not fit the shared memory says so when it is run."""
+    # states: registers hold K x block, shared memory a chunk of q, k and v a stage
+    states = [Launch(16, 4, 2), Launch(16, 4, 3)]
+    states += [Launch(block, 4, stages) for block in (32, 64) for stages in (1, 2, 3)]
+    states += [Launch(64, 8, 2), Launch(128, 8, 1), Launch(128, 8, 2)]
+    prepare = [Launch(*x) for x in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8))]
+    values = [Launch(*x) for x in ((64, 2, 2), (64, 4, 2), (128, 4, 1), (128, 4, 2))]
+    # keys: never more than a warp for 16 channels (`Launch.warps`)
+    keys = [
+        Launch(block, warps, stages, block_v)
+        for block, warps in ((32, 2), (64, 2), (64, 4), (128, 8))
+        for stages, block_v in ((1, 64), (2, 64), (2, 32), (1, 128))
+    ]
+    states, values = ([x for x in launches if x.block <= V] for launches in (states, values))
+    prepare, keys = ([x for x in launches if x.block <= K] for launches in (prepare, keys))
+    keys = [x for x in keys if x.block_v <= V]
+    if wide:
+        states = [x for x in states if x.block <= 32 and x.stages <= 2]
+        prepare = [x for x in prepare if x.block <= 64]
+        keys = [x for x in keys if x.block <= 32 and x.block_v <= 64]
+    of_launch = {"prepare": prepare, "forward": states, "backward": states, "values": values, "keys": keys}
+    if is_scalar(corner):
+        del of_launch["values"]
+        if corner[1] == "none":
+            of_launch["prepare"] = [Launch(32, 1)]  # no product is made there
+    return [Candidate(chunk, name, launch) for name, launches in of_launch.items() for launch in launches]
