@@ -278,6 +278,27 @@ def test_steps_equal_the_whole(window, H, HKV, V) -> None:
     torch.testing.assert_close(own.v, after.v)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_step_of_some_rows_is_that_of_each_alone(window) -> None:
+    """To the bit, whatever the lengths of the others; the rows not asked for stay what they were."""
+    q, k, v = inputs(5, 1, 4, 2)
+    state = empty_state(5, window or 9, 2, 6, 5)
+    past = inputs(5, state.k.shape[1], 4, 2)
+    state = AttentionState(past[1], past[2], torch.tensor([3, 0, 8, 5, 1]))
+    slots = torch.tensor([3, 0, 2])
+    own = AttentionState(*map(torch.clone, state))
+    o = attention_step_(*(x[slots, 0] for x in (q, k, v)), state=own, window=window, slots=slots)
+    for i, row in enumerate(slots.tolist()):
+        one = AttentionState(*(x[row : row + 1].clone() for x in state))
+        assert torch.equal(
+            o[i : i + 1], attention_step_(*(x[row : row + 1, 0] for x in (q, k, v)), state=one, window=window)
+        )
+        assert all(torch.equal(part[row], alone[0]) for part, alone in zip(own, one, strict=True))
+    assert all(torch.equal(part[[1, 4]], before[[1, 4]]) for part, before in zip(own, state, strict=True))
+    with pytest.raises(ValueError, match=r"slots has shape \[2\]; give \[3\]"):
+        attention_step_(*(x[slots, 0] for x in (q, k, v)), state=own, window=window, slots=slots[:2])
+
+
 def test_decoding_from_nothing() -> None:
     q, k, v = inputs(2, 6)
     state = empty_state(2, 6, 2, 6, 5)

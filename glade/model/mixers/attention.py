@@ -68,7 +68,10 @@ class Attention(Mixer):
             positions = (state.length if slots is None else state.length[slots])[:, None]
             q, k = self._rotate(q, positions), self._rotate(k, positions)
         state = self._with_room(state)
-        o = self._attend_(q[:, 0], k[:, 0], v[:, 0], state, slots)
+        options = self.options
+        o = attention_step_(
+            q[:, 0], k[:, 0], v[:, 0], state=state, window=options.window, scale=options.scale, slots=slots
+        )
         return self._output(o, x), state
 
     def _with_room(self, state: AttentionState) -> AttentionState:
@@ -77,20 +80,6 @@ class Attention(Mixer):
         if self.options.window is not None or not len(state.length) or int(state.length.max()) < capacity:
             return state
         return reserve(state, max(2 * capacity, MIN_CAPACITY))
-
-    def _attend_(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState, slots: Tensor | None) -> Tensor:
-        window, scale = self.options.window, self.options.scale
-        if slots is None:
-            return attention_step_(q, k, v, state=state, window=window, scale=scale)
-        # the rows are gathered to be read, and of what changed only the new token's place goes back
-        place = state.length[slots] % state.k.shape[1]
-        rows = AttentionState(*(part[slots] for part in state))
-        o = attention_step_(q, k, v, state=rows, window=window, scale=scale)
-        row = torch.arange(len(slots), device=slots.device)
-        state.k[slots, place] = rows.k[row, place]
-        state.v[slots, place] = rows.v[row, place]
-        state.length[slots] = rows.length
-        return o
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         o = self.options

@@ -146,6 +146,7 @@ def attention_step_(
     state: AttentionState,
     window: int | None = None,
     scale: float | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """One token a row of `attention`, for decoding: writes into `state` instead of copying it; not differentiated.
 
@@ -153,9 +154,11 @@ def attention_step_(
         q:      [B, H, K]
         k:      [B, HKV, K]
         v:      [B, HKV, V]
-        state:  B rows of any lengths, each with room for one token more (see `reserve`); with a window its ring
+        state:  B rows of any lengths, each with room for one token more (see `reserve`); with a window its ring. On
+                the CPU a row's result does not depend on the others, to the bit
         window: how many tokens a token sees, itself included; None is all
         scale:  default K ** -0.5
+        slots:  [B] int64, the distinct rows of a larger state that these tokens belong to; None is all, in order
 
     Returns:
         o [B, H, V] in v's dtype.
@@ -167,9 +170,11 @@ def attention_step_(
         raise ValueError(f"q, k, v have shapes {[list(x.shape) for x in (q, k, v)]}; give one token a row, [B, H, K]")
     _check_inputs(q[:, None], k[:, None], v[:, None], window)
     with torch.no_grad():
-        check_state(state, len(q), k, v, window)
-        write_(state, k, v, window)
-        return fused.attention_step_(q, v, state, q.shape[2] ** -0.5 if scale is None else scale)
+        check_state(state, len(q) if slots is None else len(state.length), k, v, window)
+        if slots is not None and slots.shape != q.shape[:1]:
+            raise ValueError(f"slots has shape {list(slots.shape)}; give [{len(q)}], the state's row of each token")
+        write_(state, k, v, window, slots)
+        return fused.attention_step_(q, v, state, q.shape[2] ** -0.5 if scale is None else scale, slots)
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:

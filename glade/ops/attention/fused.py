@@ -58,25 +58,34 @@ def _dense(q: Tensor, seen: Visible, scale: float, score: Score, weight: ScoreWe
         )
 
 
-def attention_step_(q: Tensor, v: Tensor, state: AttentionState, scale: float) -> Tensor:
-    """o [B, H, V] of q [B, H, K] over a state that already holds the new token; v gives o's dtype.
+def attention_step_(q: Tensor, v: Tensor, state: AttentionState, scale: float, slots: Tensor | None) -> Tensor:
+    """o [B, H, V] of q [B, H, K] over rows of a state that already hold the new token; v gives o's dtype.
 
     The query heads of one key head go in as further queries of it, so that keys are read once and never repeated. The
     arithmetic is in the state's dtype, whatever autocast says: converting all the keys would cost more than the step.
     """
     B, H, K = q.shape
-    S, HKV = state.k.shape[1:3]
-    longest, seen = S, None
-    if state.length.is_cuda:
-        # Asking how long the rows are would wait for the device at every layer
-        seen = torch.arange(S, device=q.device) < state.length[:, None]
-    elif B:
-        longest = min(S, int(state.length.max()))
-        if int(state.length.min()) < longest:
-            seen = torch.arange(longest, device=q.device) < state.length[:, None]
-    keys, values = (x[:, :longest].transpose(1, 2).to(state.k.dtype) for x in state[:2])
-    mask = None if seen is None else seen[:, None, None]
-    by_key_head = q.reshape(B, HKV, H // HKV, K).to(keys.dtype)
+    by_key_head = q.reshape(B, state.k.shape[2], -1, K).to(state.k.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        o = F.scaled_dot_product_attention(by_key_head, keys, values, attn_mask=mask, scale=scale)
+        step = _step_masked if state.length.is_cuda else _step_by_row
+        o = step(by_key_head, state, scale, slots)
     return o.reshape(B, H, -1).to(v.dtype)
+
+
+def _step_masked(q: Tensor, state: AttentionState, scale: float, slots: Tensor | None) -> Tensor:
+    """All rows over all slots: asking a GPU how long the rows are would wait for it at every layer."""
+    k, v, length = state if slots is None else (x[slots] for x in state)
+    seen = torch.arange(k.shape[1], device=q.device) < length[:, None]
+    keys, values = k.transpose(1, 2), v.transpose(1, 2).to(k.dtype)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None], scale=scale)
+
+
+def _step_by_row(q: Tensor, state: AttentionState, scale: float, slots: Tensor | None) -> Tensor:
+    """Each row over its own keys, where they lie: no copy, no mask, and no dependence on how long the others are."""
+    rows = range(len(q)) if slots is None else slots.tolist()
+    lengths = state.length.clamp(max=state.k.shape[1]).tolist()
+    o = q.new_empty(*q.shape[:3], state.v.shape[3])
+    for i, row in enumerate(rows):
+        keys, values = (x[row, : lengths[row]].transpose(0, 1)[None] for x in state[:2])
+        o[i] = F.scaled_dot_product_attention(q[i : i + 1], keys, values.to(keys.dtype), scale=scale)[0]
+    return o

@@ -127,18 +127,19 @@ def _take(new: Tensor, token: Tensor, is_new: Tensor, old: Tensor | None, positi
     return torch.where(mask, flat[token.clamp(0, len(flat) - 1)].to(kept.dtype), kept)
 
 
-def write_(state: AttentionState, k: Tensor, v: Tensor, window: int | None) -> None:
-    """Puts one token a row, k [B, HKV, K] and v, into the state's own memory.
+def write_(state: AttentionState, k: Tensor, v: Tensor, window: int | None, slots: Tensor | None = None) -> None:
+    """Puts one token a row, k [B, HKV, K] and v, into the state's own memory: into all its rows, or into `slots` [B].
 
     Raises:
-        ValueError: no window, and a row has no slot left. (On a GPU, where asking would wait for the device at every
+        ValueError: no window, and a row has no place left. (On a GPU, where asking would wait for the device at every
         layer, the index itself is out of range and the kernel stops with its own error.)
     """
     S = state.k.shape[1]
-    if window is None and not state.length.is_cuda and len(state.length) and int(state.length.max()) >= S:
+    row = torch.arange(len(state.length), device=state.length.device) if slots is None else slots
+    length = state.length[row]
+    if window is None and not length.is_cuda and len(length) and int(length.max()) >= S:
         raise ValueError(f"state holds {S} tokens and is full; give it room with reserve(state, {max(2 * S, 1)})")
-    row = torch.arange(len(state.length), device=state.length.device)
-    slot = state.length if window is None else state.length % window
-    state.k[row, slot] = k.to(state.k.dtype)
-    state.v[row, slot] = v.to(state.v.dtype)
-    state.length.add_(1)
+    place = length if window is None else length % window
+    state.k[row, place] = k.to(state.k.dtype)
+    state.v[row, place] = v.to(state.v.dtype)
+    state.length[row] = length + 1
