@@ -112,9 +112,12 @@ VERBS = {
     "compare": Verb(
         run="glade.train.compare:run",
         config="glade.train.compare:CompareConfig",
-        help="several runs in one table and one plot",
+        help="several runs in one table and one plot; with prompts, what two models answer",
         positional=("runs",),
-        examples=("glade compare runs/gdn2 runs/kla runs/softmax",),
+        examples=(
+            "glade compare runs/gdn2 runs/kla runs/softmax",
+            "glade compare runs/base runs/aligned --prompts=prompts.txt --text=heldout.txt --out=reports/dpo",
+        ),
     ),
     "bench": Verb(
         run="glade.bench:run",

@@ -1,4 +1,7 @@
-"""`glade compare RUN...`: several runs in one table and one plot, from what they left in their folders."""
+"""`glade compare RUN...`: several runs in one table and one plot, from what they left in their folders.
+
+With prompts it compares what two models write instead: `glade.evals.report`.
+"""
 
 import json
 from dataclasses import dataclass
@@ -10,18 +13,25 @@ from rich.table import Table
 
 from glade.config import REQUIRED, setting
 from glade.errors import CheckpointError, ConfigError
+from glade.evals.page import table_rows
+from glade.evals.report_config import ReportConfig
 from glade.model.atomic import write_file_atomically
 from glade.train.curves import draw_comparison
 from glade.train.log import Row, read_metrics, stdout
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """What `glade compare` can be told."""
+class CompareConfig(ReportConfig):
+    """What `glade compare` can be told: runs, or with `prompts` two models and what the report on them takes."""
 
-    runs: tuple[str, ...] = setting(REQUIRED, "run folders")
-    out: Path = setting(Path("runs"), "folder for compare.png and compare.json")
+    runs: tuple[str, ...] = setting(REQUIRED, "run folders; with prompts two models: BASE ALIGNED")
+    out: Path = setting(Path("runs"), "folder for compare.png and compare.json, or for report.html and report.json")
     json: bool = setting(False, "print JSON instead of a table")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts is not None and len(self.runs) != 2:
+            raise ConfigError(f"{len(self.runs)} models are given; a report with prompts is on two, BASE and ALIGNED")
 
 
 class Finished(NamedTuple):
@@ -33,7 +43,10 @@ class Finished(NamedTuple):
 
 
 def run(config: CompareConfig) -> None:
-    """The verb `glade compare`."""
+    """The verb `glade compare`: the presence of `prompts` decides what is compared."""
+    if config.prompts is not None:
+        _report(config)
+        return
     finished = [read_run(Path(name)) for name in config.runs]
     _check_comparable(finished)
     table = [summary(f) for f in finished]
@@ -47,6 +60,31 @@ def run(config: CompareConfig) -> None:
         return
     _print(table)
     stdout(f"plot {plot}")
+
+
+def _report(config: CompareConfig) -> None:
+    # models are needed here alone: a table of runs, and --help, load no torch
+    from glade.evals.report import make_report, write_report
+
+    base, aligned = config.runs
+    report = make_report(base, aligned, config)
+    page, data = write_report(report, config.out)
+    if config.json:
+        stdout(data.read_text(encoding="utf-8").rstrip())
+        return
+    shown = Table(box=None, header_style="bold")
+    for name in ("measure", *(model["name"] for model in report["models"]), "change"):
+        shown.add_column(name, justify="left" if name == "measure" else "right", no_wrap=True)
+    for row in table_rows(report):
+        shown.add_row(row["name"], row["base"], row["aligned"], row["change"])
+    Console(width=160, highlight=False, emoji=False, markup=False).print(shown)
+    kl, scores = report["kl"], report["scores"]
+    stdout(
+        f"win rate {100 * scores['win_rate']:.1f} % (wins {scores['wins']}, ties {scores['ties']}, "
+        f"losses {scores['losses']}; {report['scorer']})"
+    )
+    stdout(f"no KL: {kl['note']}" if kl["per_token"] is None else f"KL {kl['per_token']:.4f} nats a token")
+    stdout(f"page {page}")
 
 
 def read_run(folder: Path) -> Finished:
