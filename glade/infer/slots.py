@@ -16,6 +16,7 @@ from torch import Tensor
 from glade.infer.config import SamplingParams
 from glade.infer.rows import growing_layers, put, rest_, trim
 from glade.infer.sampler import Rules, draw, gumbel_noise, rules_of
+from glade.infer.step import decode_step
 from glade.model.lm import LanguageModel
 from glade.model.state import State
 from glade.ops.attention import reserve
@@ -73,6 +74,7 @@ class Slots:
         self.model, self.size, self.max_room, self.padded = model, size, max_room, padded
         self.vocab_size = vocab_size or cast(int, model.config.vocab_size)
         self.device = model.embed.weight.device
+        self._decode = decode_step(model)
         self.growing = growing_layers(model)
         self.state = model.init_state(size)
         self.unread = torch.zeros(size, dtype=torch.int64, device=self.device)
@@ -132,7 +134,7 @@ class Slots:
         if len(batch.resting):
             rest_(self.state, batch.resting)
         rows = slice(None) if batch.slots is None else batch.slots
-        logits = self.model.step_(self.unread[rows], self.state, batch.slots)[:, : self.vocab_size].float()
+        logits = self._decode(self.unread[rows], self.state, batch.slots)[:, : self.vocab_size].float()
         noise = None
         if batch.rules.drawn:
             noise = gumbel_noise(batch.seeds, self.state.position[rows], self.vocab_size)

@@ -77,6 +77,9 @@ class _DecodeStep:
         if self._program is not None and self._program.is_current() and not self._drops():
             return
         self._program, self._reason = None, ""
+        if type(self._model).step_ is not LanguageModel.step_:
+            self._reason = f"{type(self._model).__name__} has a decode step of its own"
+            return
         if self._drops():
             self._reason = "the model is in training mode and has dropout; call eval()"
             return
