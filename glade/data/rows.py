@@ -105,7 +105,7 @@ def _read_list(path: Path) -> Iterator[Row]:
             f"{path}: not valid JSON ({error}); a .json holds one list, a .jsonl an object a line"
         ) from error
     if not isinstance(value, list):
-        raise DataError(f"{path}: a {type(value).__name__}, not a list of objects; a .jsonl holds an object a line")
+        raise DataError(f"{path}: {_kind(value)}, not a list of objects; a .jsonl holds an object a line")
     return (Row(item, f"{path}: item {number}") for number, item in enumerate(value, 1))
 
 
@@ -124,7 +124,7 @@ def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T], *, too_long: Po
             continue
         try:
             if not isinstance(row.value, dict):
-                raise BadRow(f"a {_kind(row.value)}, not an object")
+                raise BadRow(f"{_kind(row.value)}, not an object")
             good.append(parse(row.value))
         except TooLong as error:
             long.append(f"{row.where}: {error}")
@@ -154,9 +154,9 @@ def _some(problems: Sequence[str]) -> str:
 
 
 def _kind(value: Any) -> str:
-    """The type of a JSON value, in JSON's words."""
-    names = {dict: "object", list: "list", str: "text", bool: "truth value", type(None): "null"}
-    return names.get(type(value), "number")
+    """The type of a JSON value, in words."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def text_at(row: dict[str, Any], key: str) -> str:
@@ -168,7 +168,7 @@ def text_at(row: dict[str, Any], key: str) -> str:
     if key not in row:
         raise BadRow(f"no {key!r}; its keys are {', '.join(map(repr, row)) or 'none'}")
     if not isinstance(row[key], str):
-        raise BadRow(f"{key!r} is a {_kind(row[key])}, not a text")
+        raise BadRow(f"{key!r} is {_kind(row[key])}, not a text")
     return row[key]
 
 

@@ -76,7 +76,7 @@ class LoraMoE(MoE):
 
 
 def add_lora(model: LanguageModel, *, rank: int, alpha: float | None = None, dropout: float = 0.0) -> None:
-    """Freeze `model` and give each linear map in its blocks an adapter: what it computes stays the same, to the bit.
+    """Freeze `model` and give each linear map in its blocks an adapter, which as yet adds zeros.
 
     A is drawn from torch's global generator, in the dtype and on the device of the weight beside it.
 

@@ -33,11 +33,16 @@ def trained(model: LanguageModel) -> None:
 
 
 def test_new_adapters_change_nothing(case: str, build: Build, make_ids: MakeIds) -> None:
-    model, ids = build(case), make_ids(2, 9)
+    model, ids = build(case, torch.float64), make_ids(2, 9)
     names = set(model.state_dict())
     before = model(ids)[0]
     add_lora(model, rank=3)
-    assert torch.equal(model(ids)[0], before)
+    # plain maps of one x may be joined into one product, which rounds otherwise
+    torch.testing.assert_close(model(ids)[0], before, rtol=0, atol=1e-12)
+    model.float()
+    with adapters_off(model):
+        off = model(ids)[0]
+    assert torch.equal(model(ids)[0], off)
     assert names < set(model.state_dict())
     linear = [m for m in model.layers.modules() if isinstance(m, nn.Linear)]
     stacks = [m for m in model.layers.modules() if isinstance(m, MoE)]
@@ -53,7 +58,7 @@ def test_merged_equals_unmerged(case: str, build: Build, make_ids: MakeIds) -> N
     adapted = model(ids)[0]
     assert (adapted - base).abs().max() > 1e-3
     with adapters_off(model):
-        assert torch.equal(model(ids)[0], base)
+        torch.testing.assert_close(model(ids)[0], base, rtol=0, atol=1e-12)
     copy = merged(model)
     torch.testing.assert_close(copy(ids)[0], adapted, rtol=0, atol=1e-10)
     assert torch.equal(model(ids)[0], adapted)
