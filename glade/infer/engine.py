@@ -136,14 +136,16 @@ class Engine:
             if not self._has_work():
                 return False
             self._stepper = threading.get_ident()
-            self._drop_cancelled()
-            self._admit()
-            self._read_prompts()
-            self._decode()
+            try:
+                self._drop_cancelled()
+                self._admit()
+                self._read_prompts()
+                self._decode()
+                if self._closed:
+                    self._end_all(_CANCELLED)
+            finally:
+                self._stepper = None
             self._steps += 1
-            if self._closed:
-                self._cancel_all()
-            self._stepper = None
             return True
 
     def start(self) -> "Engine":
@@ -165,13 +167,18 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         with self._stepping:
-            self._cancel_all()
+            self._end_all(_CANCELLED)
 
     def __enter__(self) -> "Engine":
         return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether a thread of its own is serving: started, and neither closed nor failed."""
+        return self._thread is not None and self._thread.is_alive() and not self._closed
 
     def stats(self) -> EngineStats:
         """Counts and sizes. From any thread."""
@@ -196,7 +203,16 @@ class Engine:
                     self._changed.wait()
                 if self._closed:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:
+                # a fault of the engine's own: nobody may be left waiting for an answer that never comes
+                _log.exception("the engine failed; all requests end, and it serves no more")
+                with self._changed:
+                    self._closed = True
+                with self._stepping:
+                    self._end_all(Delta(-1, finished="error", error=f"the engine failed: {error}"))
+                raise
 
     def _has_work(self) -> bool:
         return bool(self._waiting or len(self._prompts) or self._running)
@@ -222,14 +238,14 @@ class Engine:
             if sequence.ticket.cancelled:
                 self._end(sequence, _CANCELLED)
 
-    def _cancel_all(self) -> None:
+    def _end_all(self, last: Delta) -> None:
         with self._changed:
             dropped = tuple(self._waiting)
             self._waiting.clear()
         for ticket in dropped:
-            _call(ticket, _CANCELLED)
+            _call(ticket, last)
         for sequence in [*self._running.values(), *self._prompts.owners()]:
-            self._end(sequence, _CANCELLED)
+            self._end(sequence, last)
 
     def _admit(self) -> None:
         while self._free:

@@ -461,6 +461,27 @@ def test_closing_ends_everything() -> None:
     assert not engine.step()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_engine_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model_of(), max_batch=1)
+    params = SamplingParams(max_new_tokens=1000, seed=0)
+    assert not engine.alive
+    answers = [ask(engine, PROMPTS[0], params) for _ in range(2)]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine, "_admit", fail)
+    engine.start()
+    for answer in answers:
+        assert answer.ended.wait(60)
+        assert answer.deltas == [Delta(-1, finished="error", error="the engine failed: a bug")]
+    with pytest.raises(GladeError, match="closed"):
+        ask(engine, PROMPTS[0], params)
+    engine.close()
+    assert not engine.alive
+
+
 @pytest.mark.parametrize("threaded", [True, False])
 def test_a_listener_may_submit_cancel_and_close(threaded: bool) -> None:
     engine = Engine(model_of(), max_batch=2)
