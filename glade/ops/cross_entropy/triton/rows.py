@@ -1,0 +1,73 @@
+"""Rows of logits to losses, and to gradients of logits in their place: one pass over memory each.
+
+loss = log sum exp(z + b) - (z + b)[target]            dz = (exp(z + b - normaliser) - onehot(target)) dloss
+"""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # words of the vocabulary at a time
+
+
+@triton.jit
+def losses_kernel(
+    logits, bias, targets, losses, normalisers, vocab,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * vocab
+    target = tl.load(targets + row)
+    highest = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, vocab, BLOCK):
+        words = first + tl.arange(0, BLOCK)
+        z = tl.load(logits + words, mask=words < vocab, other=-float("inf")).to(tl.float32)
+        if BIAS:
+            z += tl.load(bias + words, mask=words < vocab, other=0.0).to(tl.float32)
+        # each lane its own maximum: they meet once, after the loop
+        higher = tl.maximum(highest, z)
+        total = tl.where(higher > -float("inf"), total * tl.exp(highest - higher) + tl.exp(z - higher), 0.0)
+        highest = higher
+    top = tl.max(highest, 0)
+    normaliser = top + tl.log(tl.sum(tl.where(highest > -float("inf"), total * tl.exp(highest - top), 0.0), 0))
+    of_target = tl.load(logits + target, mask=target >= 0, other=0.0).to(tl.float32)
+    if BIAS:
+        of_target += tl.load(bias + target, mask=target >= 0, other=0.0).to(tl.float32)
+    tl.store(normalisers + row, normaliser)
+    tl.store(losses + row, tl.where(target >= 0, normaliser - of_target, 0.0))
+
+
+@triton.jit
+def gradients_kernel(
+    logits, bias, targets, dlosses, normalisers, vocab,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, words = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    logits += row.to(tl.int64) * vocab
+    target = tl.load(targets + row)
+    dloss = tl.where(target >= 0, tl.load(dlosses + row), 0.0)
+    z = tl.load(logits + words, mask=words < vocab, other=0.0).to(tl.float32)
+    if BIAS:
+        z += tl.load(bias + words, mask=words < vocab, other=0.0).to(tl.float32)
+    dz = tl.exp(z - tl.load(normalisers + row)) - tl.where(words == target, 1.0, 0.0)
+    tl.store(logits + words, (dz * dloss).to(logits.dtype.element_ty), mask=words < vocab)
+
+
+def losses_of(logits: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, normalisers: Tensor) -> None:
+    """Writes losses and normalisers [n] fp32 of logits [n, vocab]; a negative target's loss is 0."""
+    losses_kernel[(len(logits),)](
+        logits, bias, targets, losses, normalisers, logits.shape[1], BIAS=bias is not None, BLOCK=BLOCK, num_warps=8
+    )
+
+
+def gradients_in_place(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, dlosses: Tensor, normalisers: Tensor
+) -> None:
+    """Logits [n, vocab] become their gradient, in their dtype."""
+    gradients_kernel[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
+        logits, bias, targets, dlosses, normalisers, logits.shape[1], BIAS=bias is not None, BLOCK=BLOCK, num_warps=8
+    )

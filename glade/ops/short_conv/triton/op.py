@@ -1,0 +1,219 @@
+"""The launches of the short convolution's kernels, as a torch custom op."""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from glade.ops.linear_attention.triton.launch import checked_borders, device_of
+from glade.ops.packing import document_ids
+from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
+from glade.ops.short_conv.triton.kernels import (
+    activations_backward_kernel,
+    final_state_kernel,
+    forward_kernel,
+    inputs_backward_kernel,
+    state_backward_kernel,
+    step_kernel,
+)
+
+TILE = 4096  # elements of a tile of rows x channels; half as many in the backward, which holds three of them
+WIDTH = 64  # channels of a group where no norm asks for a head
+TILES = 16  # tiles of rows whose gradients of taps one program sums
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    l2norm_heads: int | None,
+    l2norm_channels: int,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels)
+
+
+class _Call(NamedTuple):
+    """Where the documents of a call lie, and how its channels are cut."""
+
+    num_rows: int
+    num_tokens: int  # of each document, where they are not packed
+    D: int
+    num_documents: int
+    documents: Tensor | None  # [T] int32: the document of each packed token
+    borders: Tensor | None  # [N + 1] int32
+    width: int  # channels of a group
+
+    @property
+    def block(self) -> int:
+        return triton.next_power_of_2(self.width)
+
+    @property
+    def rows(self) -> int:
+        return max(1, min(64, TILE // self.block))
+
+    def grid(self, rows: int) -> tuple[int, int]:
+        return triton.cdiv(self.num_rows, rows), triton.cdiv(self.D, self.width)
+
+
+def _call_of(x: Tensor, cu_seqlens: Tensor | None, l2norm_heads: int | None, l2norm_channels: int) -> _Call:
+    B, T, D = x.shape
+    width = l2norm_channels // l2norm_heads if l2norm_heads and l2norm_channels else min(D, WIDTH)
+    if cu_seqlens is None:
+        return _Call(B * T, T, D, B, None, None, width)
+    borders = checked_borders(cu_seqlens, T)
+    documents = document_ids(borders, T).to(torch.int32)
+    return _Call(T, T, D, len(cu_seqlens) - 1, documents, borders.to(torch.int32), width)
+
+
+def _rows_of(x: Tensor, D: int) -> Tensor:
+    """[rows, D] whose channels lie next to each other: a view where that can be."""
+    x = x.reshape(-1, D)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _final_like(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = x.dtype if state is None else state.dtype
+    return x.new_empty(num_documents, x.shape[2], weight.shape[1] - 1, dtype=dtype)
+
+
+@torch.library.custom_op("glade::short_conv_triton", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str | None,
+    l2norm_heads: int | None,
+    l2norm_channels: int,
+) -> tuple[Tensor, Tensor]:
+    call = _call_of(x, cu_seqlens, l2norm_heads, l2norm_channels)
+    y, final = x.new_empty(x.shape), _final_like(x, weight, state, cu_seqlens)
+    rows, weight, W = _rows_of(x, call.D), weight.contiguous(), weight.shape[1]
+    state = None if state is None else state.contiguous()
+    given = dict(STATE=state is not None, PACKED=call.borders is not None)
+    with device_of(x):
+        if y.numel() > 0:
+            forward_kernel[call.grid(call.rows)](
+                rows, rows.stride(0), weight, bias, state, y, call.documents, call.borders,
+                call.num_rows, call.num_tokens, call.D, l2norm_channels, L2_NORM_EPS,
+                WIDTH=call.width, BD=call.block, BT=call.rows, W=W,
+                SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None, **given,
+            )  # fmt: skip
+        if final.numel() > 0:
+            final_state_kernel[(call.num_documents, triton.cdiv(call.D, WIDTH))](
+                rows, rows.stride(0), state, final, call.borders, call.num_tokens, call.D, BD=WIDTH, W=W, **given,
+            )  # fmt: skip
+    return y, final
+
+
+@_forward.register_fake
+def _(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
+    return x.new_empty(x.shape), _final_like(x, weight, state, cu_seqlens)
+
+
+@torch.library.custom_op("glade::short_conv_triton_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str | None,
+    l2norm_heads: int | None,
+    l2norm_channels: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and state, the last two meaningless where there was none."""
+    call = _call_of(x, cu_seqlens, l2norm_heads, l2norm_channels)
+    rows, dy, taps, W = _rows_of(x, call.D), _rows_of(dy, call.D), weight.contiguous(), weight.shape[1]
+    dx, da = x.new_empty(x.shape), x.new_empty(x.shape)
+    dstate = x.new_empty(0) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+    state = None if state is None else state.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    BT = max(1, call.rows // 2)
+    blocks, groups = call.grid(TILES * BT)
+    parts = x.new_empty(blocks, W + 1, call.D, dtype=torch.float32)
+    packed = dict(PACKED=call.borders is not None)
+    with device_of(x):
+        if x.numel() > 0:
+            activations_backward_kernel[(blocks, groups)](
+                dy, dy.stride(0), rows, rows.stride(0), taps, bias, state, da, parts, call.documents, call.borders,
+                call.num_rows, call.num_tokens, call.D, l2norm_channels, L2_NORM_EPS,
+                WIDTH=call.width, BD=call.block, BT=BT, W=W, WP=triton.next_power_of_2(W + 1), TILES=TILES,
+                SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None,
+                STATE=state is not None, **packed,
+            )  # fmt: skip
+            inputs_backward_kernel[(triton.cdiv(call.num_rows, TILE // WIDTH), triton.cdiv(call.D, WIDTH))](
+                da, taps, dfinal, dx, call.documents, call.borders, call.num_rows, call.num_tokens, call.D,
+                BD=WIDTH, BT=TILE // WIDTH, W=W, FINAL=dfinal is not None, **packed,
+            )  # fmt: skip
+        if dstate.numel() > 0:
+            state_backward_kernel[(call.num_documents, triton.cdiv(call.D, WIDTH))](
+                da, taps, dfinal, dstate, call.borders, call.num_tokens, call.D,
+                BD=WIDTH, W=W, FINAL=dfinal is not None, **packed,
+            )  # fmt: skip
+    sums = parts.sum(0)
+    dbias = sums[W].to(weight.dtype if bias is None else bias.dtype, copy=True)
+    return dx, torch.empty_like(taps).copy_(sums[:W].T), dbias, dstate
+
+
+@_backward.register_fake
+def _(dy, dfinal, x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
+    dbias = weight.new_empty(x.shape[2]) if bias is None else bias.new_empty(bias.shape)
+    dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd_backward(ctx, dy, dfinal):
+    x, weight, bias, state, cu_seqlens = ctx.saved_tensors
+    how = (ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels)
+    dy = torch.zeros_like(x) if dy is None else dy
+    dx, dweight, dbias, dstate = _backward(dy, dfinal, x, weight, bias, state, cu_seqlens, *how)
+    return dx, dweight, None if bias is None else dbias, None if state is None else dstate, *(None,) * 4
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def step_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    l2norm_heads: int | None,
+    l2norm_channels: int,
+    state: Tensor,
+    slots: Tensor | None,
+) -> Tensor:
+    """`short_conv_step_`; a state whose rows are not laid out as [D, W - 1] is copied there and back."""
+    call = _call_of(x[None], None, l2norm_heads, l2norm_channels)
+    y, table = x.new_empty(x.shape), state if state[0:1].is_contiguous() else state.contiguous()
+    rows = _rows_of(x, call.D)
+    if y.numel() > 0:
+        with device_of(x):
+            step_kernel[(len(x), triton.cdiv(call.D, call.width))](
+                rows, rows.stride(0), weight.contiguous(), bias, table, table.stride(0), slots, y,
+                call.D, l2norm_channels, L2_NORM_EPS,
+                WIDTH=call.width, BD=call.block, W=weight.shape[1],
+                SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None,
+                SLOTS=slots is not None,
+            )  # fmt: skip
+        if table is not state:
+            state.copy_(table)
+    return y
