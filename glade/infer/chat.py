@@ -1,20 +1,36 @@
 """Talk to a model in the terminal: the verb `glade chat`. The state is carried from turn to turn, never rebuilt."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from glade.data.tokenizer import Tokenizer
-from glade.errors import ConfigError, DataError
+from glade.errors import CheckpointError, ConfigError, DataError
 from glade.infer.config import ChatConfig, SamplingParams
 from glade.infer.decoding import Decoding
 from glade.infer.generate import decode_text, tokenizer_of
 from glade.interop.load import load
 from glade.model.lm import LanguageModel
-from glade.model.state import State
+from glade.model.state import State, read_state_file
 
-_HELP = "/reset forgets the conversation, /seed N repeats draws, /quit (or Ctrl-D) ends"
+_HELP = (
+    "/undo takes the last turn back, /retry answers it again, /save FILE and /load FILE keep a conversation, "
+    "/reset forgets it, /seed N repeats draws, /quit (or Ctrl-D) ends"
+)
+# turns that can be taken back; each keeps a state
+MAX_UNDO = 32
+
+
+class _Moment(NamedTuple):
+    """A conversation between two turns. Nothing in it is written into, so it can be gone back to."""
+
+    messages: list[dict[str, Any]]
+    state: State | None
+    unread: tuple[int, ...]  # drawn, shown, and not read by the model yet
+    read: tuple[int, ...]  # what the state has read
 
 
 class Chat:
@@ -39,11 +55,24 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation; the next turn is the first."""
-        self.messages: list[dict[str, Any]] = []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": self.system})
-        self.state: State | None = None
-        self.unread: list[int] = []  # drawn, shown, and not read by the model yet
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self._now = _Moment(messages, None, (), ())
+        self._before: list[tuple[_Moment, str]] = []
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation so far; the system's message, if there is one, first."""
+        return self._now.messages
+
+    @property
+    def state(self) -> State | None:
+        """What the model remembers: all tokens but those `unread`; None before the first turn."""
+        return self._now.state
+
+    @property
+    def unread(self) -> list[int]:
+        """Drawn, shown, and not read by the model yet."""
+        return list(self._now.unread)
 
     def reply(self, text: str, show: Callable[[str], object] | None = None) -> str:
         """The answer to `text`, each piece of it handed to `show` as it comes.
@@ -53,16 +82,65 @@ class Chat:
         """
         ids, state = self._turn(text)
         decoding = Decoding(self.model, [ids], self.params, state=state, vocab_size=self.tokenizer.vocab_size)
-        answer = ""
+        answer, drawn = "", []
         for event in decode_text(decoding, self.tokenizer):
             answer += event.text
+            drawn.append(event.token_id)
             if show is not None:
                 show(event.text)
         # an EOS that ends a reply is not part of the text; a template writes its own
-        self.unread = [id for id in decoding.unread.values() if id != self.tokenizer.eos_id]
-        self.state = decoding.state
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        unread = tuple(id for id in decoding.unread.values() if id != self.tokenizer.eos_id)
+        read = (*(self._now.read if state is not None else ()), *ids, *drawn[:-1])
+        said = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        self._before = [*self._before, (self._now, text)][-MAX_UNDO:]
+        self._now = _Moment([*self.messages, *said], decoding.state, unread, read)
         return answer
+
+    def undo(self) -> str:
+        """Take the last turn back, as if it had not been; what was typed in it.
+
+        Raises:
+            DataError: there is no turn to take back.
+        """
+        if not self._before:
+            raise DataError("there is no turn to take back")
+        self._now, text = self._before.pop()
+        return text
+
+    def retry(self, show: Callable[[str], object] | None = None) -> str:
+        """Another answer to the last turn: drawn with the next seed, where one is given.
+
+        Raises:
+            DataError: there is no turn to answer again.
+        """
+        text = self.undo()
+        if self.params.seed is not None:
+            self.params = replace(self.params, seed=(self.params.seed + 1) % 2**63)
+        return self.reply(text, show)
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation to one file: what was said and what the model remembers of it.
+
+        Raises:
+            DataError: nothing has been said yet.
+        """
+        if self.state is None:
+            raise DataError("nothing has been said yet, so there is nothing to save")
+        notes = {"messages": json.dumps(self.messages), "unread": json.dumps(self.unread)}
+        self.state.save(path, model=self.model, tokens=self._now.read, notes=notes)
+
+    def load(self, path: str | Path) -> None:
+        """Go on where a saved conversation with this model ended, whatever its dtype and device were.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, of another model, or not a conversation; the present
+                conversation then goes on.
+        """
+        state, tokens, notes = read_state_file(path, self.model)
+        if tokens is None or not {"messages", "unread"} <= notes.keys():
+            raise CheckpointError(f"{path} is a state, but not a conversation that /save wrote")
+        self._now = _Moment(json.loads(notes["messages"]), state, tuple(json.loads(notes["unread"])), tuple(tokens))
+        self._before = []
 
     def _turn(self, text: str) -> tuple[list[int], State | None]:
         """The ids to read for a new turn, and the state that they continue."""
@@ -100,21 +178,35 @@ def run(config: ChatConfig) -> None:
             return
         try:
             _answer(chat, line)
-        except (ConfigError, DataError) as error:
+        except (CheckpointError, ConfigError, DataError, OSError) as error:
             # a line that cannot be read costs that line, not the conversation
             print(f"glade chat: {error}", file=sys.stderr)
 
 
 def _answer(chat: Chat, line: str) -> None:
     command, _, argument = line.partition(" ")
+    argument = argument.strip()
     if command == "/reset":
         chat.reset()
+    elif command == "/undo":
+        print(f"taken back: {chat.undo()}", file=sys.stderr)
+    elif command == "/retry":
+        chat.retry(_show)
+        print()
+    elif command in ("/save", "/load"):
+        if not argument:
+            raise DataError(f"{command} needs a file, as in {command} talk.safetensors")
+        (chat.save if command == "/save" else chat.load)(argument)
     elif command == "/seed":
-        if not argument.strip().isdigit():
+        if not argument.isdigit():
             raise DataError(f"/seed {argument}: give a whole number, as in /seed 7")
         chat.params = replace(chat.params, seed=int(argument))
     elif line.startswith("/"):
         raise DataError(f"{command} is no command; {_HELP}")
     elif line:
-        chat.reply(line, lambda text: print(text, end="", flush=True))
+        chat.reply(line, _show)
         print()
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)

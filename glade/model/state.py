@@ -4,11 +4,12 @@ It is passed in, returned, and never kept on a module. One row per sequence (per
 layers' parts are NamedTuples of tensors whose first axis is the row, so that everything here is the same for all.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from glade.model.lm import LanguageModel
 
 FORMAT_VERSION = 1
+_SAMPLED_WEIGHTS = 64  # of every parameter
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (LinearState, AttentionState, RnnState)}
 
 
@@ -67,32 +69,48 @@ class State:
     def nbytes(self) -> int:
         return tensor_bytes((self.position, *(x for layer in self.layers for x in layer)))
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file, whole or not at all."""
+    def save(
+        self,
+        path: str | Path,
+        *,
+        model: "LanguageModel | None" = None,
+        tokens: Sequence[int] | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the state to one safetensors file, whole or not at all.
+
+        Args:
+            model:  what the state is of; a file that knows it cannot be loaded into another one
+            tokens: what the one row has read, to go with it
+            notes:  anything else, by name
+        """
         tensors = {"position": self.position}
         for i, layer in enumerate(self.layers):
             tensors |= {f"layers.{i}.{name}": x for name, x in layer._asdict().items()}
-        tensors = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-        kinds = [type(layer).__name__ for layer in self.layers]
+        if tokens is not None:
+            if self.position.tolist() != [len(tokens)]:
+                raise ValueError(f"{len(tokens)} tokens for rows that have read {self.position.tolist()}")
+            tensors["tokens"] = torch.tensor(tokens, dtype=torch.int64)
         metadata = {
             "model_type": "glade_state",
             "format_version": str(FORMAT_VERSION),
-            "kinds": json.dumps(kinds),
+            "kinds": json.dumps([type(layer).__name__ for layer in self.layers]),
+            "notes": json.dumps(dict(notes or {})),
         }
+        if model is not None:
+            metadata["config"] = _config_digest(model)
+            tensors["weights"] = _weight_sample(model)
+        tensors = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
         write_file_atomically(path, to_safetensors(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path, model: "LanguageModel | None" = None) -> "State":
-        """The state that `save` wrote: on the CPU, or checked against `model` and moved to its device.
+        """The state that `save` wrote: on the CPU, or checked against `model` and in its dtypes, on its device.
 
         Raises:
             CheckpointError: the file is missing, damaged, of another version, or of another model.
         """
-        state = _read(Path(path))
-        if model is None:
-            return state
-        check_state(model.init_state(0), state, str(path))
-        return state.to(model.embed.weight.device)
+        return read_state_file(path, model).state
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "State":
         layers = tuple(type(layer)(*map(function, layer)) for layer in self.layers)
@@ -115,7 +133,64 @@ def check_state(expected: State, given: State, name: str) -> None:
                 )
 
 
-def _read(path: Path) -> State:
+class StateFile(NamedTuple):
+    """What a state file holds."""
+
+    state: State
+    tokens: list[int] | None  # what its one row has read, if that was saved
+    notes: dict[str, str]
+
+
+def read_state_file(path: str | Path, model: "LanguageModel | None" = None) -> StateFile:
+    """All that `State.save` wrote, checked against `model` if one is given, and in its dtypes, on its device.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another version, or of another model.
+    """
+    metadata, tensors = _read(Path(path))
+    state, notes = _state_of(Path(path), metadata, tensors), json.loads(metadata.get("notes", "{}"))
+    tokens = tensors["tokens"].tolist() if "tokens" in tensors else None
+    if model is None:
+        return StateFile(state, tokens, notes)
+    like = model.init_state(0)
+    check_state(like, state, str(path))
+    if "weights" in tensors:
+        _check_identity(model, metadata.get("config"), tensors["weights"], str(path))
+    device = model.embed.weight.device
+    layers = tuple(
+        type(layer)(*(x.to(device, y.dtype) for x, y in zip(layer, there, strict=True)))
+        for layer, there in zip(state.layers, like.layers, strict=True)
+    )
+    return StateFile(State(layers, state.position.to(device)), tokens, notes)
+
+
+def _config_digest(model: "LanguageModel") -> str:
+    config = json.dumps(asdict(model.config), sort_keys=True, default=str)
+    return hashlib.sha256(config.encode()).hexdigest()
+
+
+def _weight_sample(model: "LanguageModel") -> Tensor:
+    """A few numbers of every parameter, fp32: they tell a model from what fine-tuning made of it, at no cost."""
+    samples = []
+    for _, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        step = max(len(flat) // _SAMPLED_WEIGHTS, 1)
+        samples.append(flat[::step][:_SAMPLED_WEIGHTS].float().cpu())
+    return torch.cat(samples)
+
+
+def _check_identity(model: "LanguageModel", config: str | None, weights: Tensor, name: str) -> None:
+    """CheckpointError unless the file is of this model, its weights in whatever precision."""
+    own = _weight_sample(model)
+    if config != _config_digest(model) or own.shape != weights.shape:
+        raise CheckpointError(f"{name} is the state of a model with another config; load that model")
+    # one model in two precisions differs by the coarser one's rounding, 2^-9 in bf16
+    if not torch.allclose(own, weights, rtol=2**-8, atol=1e-6):
+        raise CheckpointError(f"{name} is the state of a model with other weights; load the model it was made with")
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a state file of this version."""
     try:
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
             metadata = file.metadata() or {}
@@ -131,6 +206,10 @@ def _read(path: Path) -> State:
     if metadata.get("format_version") != str(FORMAT_VERSION):
         version = metadata.get("format_version")
         raise CheckpointError(f"{path} has state format {version}; this version of glade reads {FORMAT_VERSION}")
+    return metadata, tensors
+
+
+def _state_of(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> State:
     try:
         kinds = [KINDS[name] for name in json.loads(metadata["kinds"])]
         layers = tuple(

@@ -1,6 +1,7 @@
 """A conversation: what the model reads turn by turn, and the terminal's commands."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glade.data.tokenizer import Tokenizer
-from glade.errors import ConfigError, DataError
+from glade.errors import CheckpointError, ConfigError, DataError
 from glade.infer import chat as verb
 from glade.infer.chat import Chat
 from glade.infer.config import ChatConfig, SamplingParams
@@ -125,6 +126,64 @@ def test_a_system_text_needs_a_template() -> None:
         chat_of(None, "be kind")
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, REWRITING, None])
+def test_a_turn_taken_back_was_never_there(template: str | None) -> None:
+    chat, model, _ = chat_of(template, max_new_tokens=5)
+    first = chat.reply("hello")
+    before = (chat.messages, chat.unread, chat.state)
+    second = chat.reply("and you?")
+    assert chat.undo() == "and you?"
+    assert (chat.messages, chat.unread, chat.state) == before
+    model.read = []
+    assert chat.reply("and you?") == second
+    if template is not REWRITING:
+        assert len(model.read) < 30  # the first turn was not read again
+    assert [chat.undo(), chat.undo()] == ["and you?", "hello"]
+    assert (chat.messages, chat.state) == ([], None)
+    assert chat.reply("hello") == first
+    chat.reset()
+    with pytest.raises(DataError, match="no turn to take back"):
+        chat.undo()
+
+
+def test_a_retry_is_another_draw_of_the_same_turn() -> None:
+    chat, _, _ = chat_of(TEMPLATE, max_new_tokens=20)
+    chat.reply("hello")
+    first = chat.reply("again")
+    shown: list[str] = []
+    second = chat.retry(shown.append)
+    assert first != second == "".join(shown)
+    assert [message["content"] for message in chat.messages[-2:]] == ["again", second]
+    assert len(chat.messages) == 4
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_a_saved_conversation_goes_on_elsewhere(template: str | None, tmp_path: Path) -> None:
+    chat, _, _ = chat_of(template, max_new_tokens=5)
+    with pytest.raises(DataError, match="nothing has been said"):
+        chat.save(tmp_path / "talk")
+    chat.reply("hello")
+    chat.reply("who are you?")
+    chat.save(tmp_path / "talk")
+    third = chat.reply("ok")
+    other, model, _ = chat_of(template, max_new_tokens=5)
+    other.load(tmp_path / "talk")
+    assert other.reply("ok") == third and other.messages == chat.messages
+    assert len(model.read) < 40  # nothing before the last turn was read again
+    other.undo()
+    with pytest.raises(DataError, match="no turn"):
+        other.undo()
+    # what is not a conversation leaves the present one as it is
+    before = (other.messages, other.state)
+    assert other.state is not None
+    other.state.save(tmp_path / "state")
+    with pytest.raises(CheckpointError, match="not a conversation"):
+        other.load(tmp_path / "state")
+    with pytest.raises(CheckpointError, match="there is no state file"):
+        other.load(tmp_path / "nowhere")
+    assert (other.messages, other.state) == before
+
+
 def type_lines(monkeypatch: pytest.MonkeyPatch, template: str | None, lines: list[str], **settings: Any) -> Reader:
     tokenizer = tokenizer_with(template)
     model: Any = Reader(tokenizer.vocab_size)
@@ -157,10 +216,25 @@ def test_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     replies: list[str] = []
     reply = Chat.reply
     monkeypatch.setattr(Chat, "reply", lambda *given: replies.append(reply(*given)))
-    lines = ["hi", "/reset", "/seed x", "/nonsense", "hi", "/seed 9", "/reset", "hi", "<|user|>", "/quit"]
+    lines = ["hi", "/reset", "/seed x", "/nonsense", "hi", "/seed 9", "/reset", "hi", "<|user|>"]
+    lines += ["/undo", "/undo", "/retry", "/save", "/load nowhere", "/save talk", "/quit"]
     type_lines(monkeypatch, TEMPLATE, lines, seed=1, max_new_tokens=20)
     first, second, third = replies
     assert first == second != third != ""
     said = capsys.readouterr().err
-    for phrase in ("/seed x: give a whole number", "/nonsense is no command", "special token"):
+    for phrase in (
+        *("/seed x: give a whole number", "/nonsense is no command", "special token", "taken back: hi"),
+        *("no turn to take back", "/save needs a file", "there is no state file nowhere", "nothing has been said"),
+    ):
         assert phrase in said
+
+
+def test_a_conversation_is_saved_and_loaded_by_its_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "talk"
+    settings: dict[str, Any] = {"seed": 1, "max_new_tokens": 8}
+    type_lines(monkeypatch, TEMPLATE, ["hi", f"/save {file}", "again", "/retry"], **settings)
+    first = capsys.readouterr().out.splitlines()
+    type_lines(monkeypatch, TEMPLATE, [f"/load {file}", "again"], **settings)
+    assert "\n".join(capsys.readouterr().out.splitlines()) in "\n".join(first)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from glade.errors import CheckpointError
 from glade.model import LanguageModel, State
+from glade.model.state import read_state_file
 
 Build = Callable[..., LanguageModel]
 MakeIds = Callable[..., Tensor]
@@ -116,3 +118,37 @@ def test_contents_that_are_not_a_state_are_refused(build: Build, make_ids: MakeI
         save_file(content, path, metadata)
         with pytest.raises(CheckpointError, match=message):
             State.load(path)
+
+
+def test_a_file_knows_its_model_and_its_tokens(build: Build, make_ids: MakeIds, tmp_path: Path) -> None:
+    model, ids, path = build("hybrid"), make_ids(1, 9), tmp_path / "state"
+    read(model, ids).save(path, model=model, tokens=ids[0].tolist(), notes={"who": "me"})
+    assert read_state_file(path)[1:] == (ids[0].tolist(), {"who": "me"})
+    state, tokens, _ = read_state_file(path, model)
+    assert (tokens, state.position.tolist()) == (ids[0].tolist(), [9])
+    # the same weights in another precision take it, in their dtypes
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        other = deepcopy(model).to(dtype)
+        back = State.load(path, other)
+        for x, y in zip(tensors(back), tensors(other.init_state(1)), strict=True):
+            assert x.dtype == y.dtype
+        other.step_(ids[:, 0], back)
+    # a model of the same shapes does not, whether trained a little further or of another kind
+    trained = deepcopy(model)
+    with torch.no_grad():
+        trained.embed.weight.mul_(1.02)
+    with pytest.raises(CheckpointError, match="other weights"):
+        State.load(path, trained)
+    read(build("gdn2"), ids).save(path, model=build("gdn2"))
+    with pytest.raises(CheckpointError, match="another config"):
+        State.load(path, build("kda"))
+    with pytest.raises(ValueError, match=r"3 tokens for rows that have read \[9\]"):
+        read(model, ids).save(path, tokens=[1, 2, 3])
+
+
+def test_a_file_of_a_recurrent_model_does_not_grow(build: Build, make_ids: MakeIds, tmp_path: Path) -> None:
+    model, sizes = build("gdn2"), []
+    for length in (10, 200):
+        read(model, make_ids(1, length)).save(tmp_path / "state", model=model)
+        sizes.append((tmp_path / "state").stat().st_size)
+    assert sizes[0] == sizes[1]
