@@ -45,10 +45,12 @@ def read_prompts(path: Path) -> list[Prompt]:
         found = [Prompt(line.rstrip("\n")) for _, line in lines(path) if line.strip()]
     else:
         found = parse_rows(path, _parse, too_long="error", bad_rows="error")
-    unique = list({repr(prompt.content): prompt for prompt in reversed(found)}.values())[::-1]
-    if not unique:
+    if not found:
         raise DataError(f"{path}: no prompt in it; give one a line")
-    return unique
+    unique: dict[str, Prompt] = {}
+    for prompt in found:
+        unique.setdefault(repr(prompt.content), prompt)
+    return list(unique.values())
 
 
 def _parse(row: dict[str, Any]) -> Prompt:

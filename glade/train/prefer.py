@@ -64,7 +64,11 @@ def run(config: PreferConfig) -> None:
     if done:
         stdout(f"going on after {len(done)} of {len(prompts)} prompts")
     done += _make(config, model, prompts, len(done), scorer, part, key)
-    _finish(config, done)
+    stats = statistics(done)
+    if not stats["pairs"]:
+        part.unlink()
+        raise DataError(f"no pair is left: {_listed(stats['left_out'])}; draw more samples, or longer ones")
+    _finish(config, done, stats)
     part.unlink()
 
 
@@ -208,11 +212,8 @@ def _read_part(part: Path, key: str, config: PreferConfig) -> list[Made]:
     return [Made(**row) for row in rows]
 
 
-def _finish(config: PreferConfig, made: Sequence[Made]) -> None:
+def _finish(config: PreferConfig, made: Sequence[Made], stats: dict[str, Any]) -> None:
     rows = [row for one in made for row in one.rows]
-    stats = statistics(made)
-    if not rows:
-        raise DataError(f"no pair is left: {_listed(stats['left_out'])}; draw more samples, or longer ones")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_file_atomically(config.out, lines.encode("utf-8"))
     source = config.corpus or ("stories" if config.prompts is None else "")
