@@ -131,7 +131,7 @@ def test_an_interrupted_job_goes_on(
 
 def test_no_pair_is_an_error_that_leaves_nothing(make: Callable[..., Rows], tmp_path: Path) -> None:
     (tmp_path / "same.py").write_text("def score(prompt, answer):\n    return 1\n")
-    with pytest.raises(DataError, match="no pair is left: .*7 ties"):
+    with pytest.raises(DataError, match=r"no pair is left: .*7 ties"):
         make(scorer=f"{tmp_path}/same.py:score")
     assert [path.name for path in tmp_path.glob("*pairs*")] == []
 
