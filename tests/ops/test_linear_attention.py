@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glade.errors import BackendError
-from glade.ops.linear_attention import available_backends, linear_attention, linear_attention_step_
+from glade.ops.linear_attention import available_backends, linear_attention, linear_attention_step_, recomputing
 from glade.ops.linear_attention.parity import (
     CORNERS,
     GATES,
@@ -219,6 +219,33 @@ def test_two_halves_equal_the_whole(backend, corner):
         o2, end = call(second, backend, state=middle)
         torch.testing.assert_close(torch.cat([o1, o2], 1), o, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(end, state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recomputing_keeps_the_inputs_only_and_gives_the_same_bits(backend, compiled):
+    inputs = make_inputs(CORNERS["gdn2"], Shape(B=1, T=40), cu_seqlens=borders(7, 33))
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+
+    def loss(x):
+        o, state = call(x, backend, borders(7, 33))
+        return o.sum() + state.sum()
+
+    if compiled:
+        loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    saved, results = [], []
+    for on in (False, True):
+        sizes = []
+        with (
+            recomputing(on),
+            torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x),
+        ):
+            y = loss(leaves)
+        saved.append(sum(sizes))
+        results.append(torch.autograd.grad(y, list(leaves.values())))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    if not compiled:
+        assert saved[1] == sum(x.nbytes for x in inputs.values()) + borders(7, 33).nbytes < saved[0]
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

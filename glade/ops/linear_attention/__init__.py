@@ -26,8 +26,9 @@ from torch import Tensor
 
 from glade.ops.linear_attention.contract import check_call, check_step
 from glade.ops.linear_attention.dispatch import available_backends, backend_for
+from glade.ops.linear_attention.register import recomputing
 
-__all__ = ["available_backends", "linear_attention", "linear_attention_step_"]
+__all__ = ["available_backends", "linear_attention", "linear_attention_step_", "recomputing"]
 
 
 def linear_attention(

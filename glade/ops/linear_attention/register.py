@@ -6,10 +6,12 @@ A backend gives two plain functions on tensors; neither sees autograd, and `torc
     backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> gradients in the order of
         q, k, v, g, erase, write, state, for those of them that are given
 
-`keep` says whether a backward may follow; `kept_like` tells, from shapes alone, what `forward` then hands over.
+`keep` says whether `forward` hands over what a backward needs; `kept_like` tells, from shapes alone, what that is.
+Inside `recomputing()` nothing is handed over, and the backward calls `forward` again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +19,24 @@ from torch import Tensor
 from glade.ops.linear_attention.contract import state_dtype
 
 Run = Callable[..., tuple[Tensor, Tensor]]
+
+# a plain variable, which a traced call can read
+_recompute = False
+
+
+@contextmanager
+def recomputing(on: bool = True) -> Iterator[None]:
+    """Calls of `linear_attention` made inside keep their inputs for the backward and nothing else.
+
+    The backward then computes the rest again: the time of a forward more, for the memory of what a chunked backward
+    needs (docs/kernels.md has the bytes). It holds for the whole process, so one thread at a time may declare it.
+    """
+    global _recompute
+    before, _recompute = _recompute, on
+    try:
+        yield
+    finally:
+        _recompute = before
 
 
 def _exactly(x: Tensor) -> torch.autocast:
@@ -81,13 +101,15 @@ def register(
 
     def setup_context(ctx, inputs, output):
         *tensors, scale, state, cu_seqlens, _ = inputs
-        ctx.scale, ctx.num_kept = scale, len(output) - 2
+        ctx.scale = scale
         # else autograd fills zeros as large as everything that was kept, for gradients that nobody reads
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, state, cu_seqlens, *output[2:])
 
     def backward_of(ctx, grads):
         q, k, v, g, erase, write, state, cu_seqlens, *kept = ctx.saved_tensors
+        if not kept:
+            _, _, *kept = op(q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, True)
         do, d_final = grads[0], grads[1]
         if do is None:
             do = torch.zeros_like(v)
@@ -103,8 +125,10 @@ def register(
     op.register_autograd(backward_of, setup_context=setup_context)
 
     def run(q, k, v, g, erase, write, scale, state, cu_seqlens):
-        keep = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, g, erase, write, state)
+        keep = (
+            not _recompute
+            and torch.is_grad_enabled()
+            and any(x is not None and x.requires_grad for x in (q, k, v, g, erase, write, state))
         )
         o, final, *_ = op(q, k, v, g, erase, write, scale, state, cu_seqlens, keep)
         return o, final
