@@ -28,7 +28,9 @@ _TOLD = 5
 class RowsConfig:
     """Which file of examples a model is aligned on, and what is done with rows that cannot be used."""
 
-    file: Path = setting(REQUIRED, "rows of JSON (.jsonl, or a list in a .json; .gz .xz .zst); docs/alignment.md")
+    file: Path = setting(
+        REQUIRED, "rows of JSON (.jsonl, or a list in a .json; .gz .xz .zst) or .parquet; docs/alignment.md"
+    )
     heldout_file: Path | None = setting(None, "a file of its own to hold out, in place of a share")
     heldout: float = setting(0.1, "share of the prompts to hold out, with all rows of each")
     max_tokens: int | None = setting(None, "most tokens of prompt and completion together, BOS and EOS counted")
@@ -69,7 +71,7 @@ class TooLong(BadRow):
 
 
 def read_rows(path: Path) -> Iterator[Row | tuple[str, str]]:
-    """The rows of a .jsonl (blank lines are none) or of a .json that holds a list.
+    """The rows of a .jsonl (blank lines are none), of a .json that holds a list, or of a .parquet.
 
     A line that is not JSON comes as (where, what is wrong).
 
@@ -81,7 +83,11 @@ def read_rows(path: Path) -> Iterator[Row | tuple[str, str]]:
         return _read_lines(path)
     if kind == ".json":
         return _read_list(path)
-    raise DataError(f"{path}: unknown kind of file; examples are .jsonl or .json, also with .gz, .xz or .zst")
+    if kind == ".parquet":
+        return _read_table(path)
+    raise DataError(
+        f"{path}: unknown kind of file; examples are .jsonl or .json, also with .gz, .xz or .zst, or .parquet"
+    )
 
 
 def _read_lines(path: Path) -> Iterator[Row | tuple[str, str]]:
@@ -107,6 +113,23 @@ def _read_list(path: Path) -> Iterator[Row]:
     if not isinstance(value, list):
         raise DataError(f"{path}: {_kind(value)}, not a list of objects; a .jsonl holds an object a line")
     return (Row(item, f"{path}: item {number}") for number, item in enumerate(value, 1))
+
+
+def _read_table(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError(f"{path}: reading .parquet needs pyarrow; run `pip install 'glade[data]'`") from error
+    try:
+        number = 0
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                # what a row of a table leaves out is a null
+                yield Row({key: x for key, x in value.items() if x is not None}, f"{path}: row {number}")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error}); get the file again") from error
 
 
 def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T], *, too_long: Policy, bad_rows: Policy) -> list[T]:

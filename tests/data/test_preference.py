@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -144,6 +146,19 @@ def test_compressed_and_lists(suffix: str, write: Write, byte: Tokenizer, tmp_pa
     lines.write_bytes(press(b"\xef\xbb\xbf" + json.dumps(STORY).encode() + b"\r\n\r\n"))
     listed.write_bytes(press(json.dumps([STORY], indent=2).encode()))
     assert read_pairs(lines, byte) == read_pairs(listed, byte) == expected
+
+
+def test_parquet(byte: Tokenizer, tmp_path: Path) -> None:
+    rows = [CHATS["ultrafeedback"] | {"prompt_id": "a"}, CHATS["messages"] | {"prompt": None, "prompt_id": "b"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = read_pairs(tmp_path / "a.parquet", byte)
+    assert first == second and bytes(first.chosen[:-1]) == b"A ball."
+    pq.write_table(pa.Table.from_pylist([STORY, {**STORY, "chosen": ""}]), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet: row 2: 'chosen' is empty"):
+        read_pairs(tmp_path / "b.parquet", byte)
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="not a readable parquet"):
+        read_pairs(tmp_path / "c.parquet", byte)
 
 
 # row -> what is said of it
