@@ -1,0 +1,84 @@
+"""The cross-entropy's GPU kernels against the definition in fp64: on the device, and on the CPU in Triton's interpreter
+(in a process of its own, since Triton decides when it is imported whether it interprets)."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from glade.ops.cross_entropy import reference
+from glade.ops.tolerances import TOLERANCES, relative_error
+
+gpu = pytest.mark.gpu
+
+# tokens, D, vocabulary, bias
+CASES = {"words": ((2, 30), 16, 5000, True), "letters": ((7,), 8, 40, False), "no tokens": ((0,), 8, 40, True)}
+
+
+def worst(case, function, device, dtype):
+    """The largest relative error of losses and gradients; some tokens have no target."""
+    shape, D, vocab, bias = case
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(*shape, D), (vocab, D), *([(vocab,)] if bias else [])]
+    drawn = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in sizes]
+    targets = torch.randint(0, vocab, shape, generator=generator)
+    targets[..., ::5] = -1
+    targets, upstream = targets.to(device), torch.randn(shape, generator=generator).to(device)
+    results = []
+    for f, leaves in ((function, drawn), (reference.linear_cross_entropy, [x.double() for x in drawn])):
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        losses = f(leaves[0], leaves[1], targets, leaves[2] if bias else None)
+        results.append((losses, *torch.autograd.grad(losses, leaves, upstream.to(losses))))
+    assert bool((results[0][0][targets < 0] == 0).all())
+    return max(relative_error(x, y) for x, y in zip(*results, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_parity(name, dtype):
+    from glade.ops.cross_entropy.triton import linear_cross_entropy
+
+    assert worst(CASES[name], linear_cross_entropy, "cuda", dtype) <= TOLERANCES[dtype].gradient
+
+
+@gpu
+def test_many_chunks(monkeypatch):
+    from glade.ops.cross_entropy.triton import linear
+
+    monkeypatch.setattr(linear, "MAX_LOGITS_BYTES", 7 * 5000 * 4)
+    assert worst(CASES["words"], linear.linear_cross_entropy, "cuda", torch.float32) <= 1e-5
+
+
+@gpu
+def test_a_target_outside_the_vocabulary():
+    from glade.ops.cross_entropy.triton import linear_cross_entropy
+
+    with pytest.raises(ValueError, match="the largest target is 40, but the vocabulary has 40 tokens, 0 to 39"):
+        linear_cross_entropy(torch.randn(1, 8).cuda(), torch.randn(40, 8).cuda(), torch.tensor([40]).cuda(), None)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_in_the_interpreter():
+    program = "import test_cross_entropy_gpu as t; t.in_the_interpreter()"
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+def in_the_interpreter():
+    from glade.ops.cross_entropy.triton import linear
+
+    torch.set_num_threads(1)
+    linear.MAX_LOGITS_BYTES = 17 * 5000 * 4
+    for name, case in CASES.items():
+        error = worst(case, linear.linear_cross_entropy, "cpu", torch.float32)
+        assert error <= TOLERANCES[torch.float32].gradient, (name, error)
