@@ -90,6 +90,13 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     return [id for segment in context for id in segment.ids]
 
 
+def completion_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The ids of the last message, an answer, with its EOS; errors as `segments`."""
+    _check_contents(tokenizer, messages)
+    answer = _answer(tokenizer, messages, tokenizer.chat(messages[:-1]))
+    return [*tokenizer.continuation(answer), tokenizer.eos_id]
+
+
 def segments(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Segment]:
     """A conversation that ends with an answer, in the pieces that its chat template makes of it.
 
@@ -107,22 +114,30 @@ def segments(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Segment]
         if message["role"] != "assistant":
             continue
         opening = tokenizer.chat(messages[:number])
-        closed = tokenizer.chat(messages[: number + 1], add_generation_prompt=False)
-        if not opening.startswith(written) or not closed.startswith(opening):
-            raise BadRow(
-                f"message {number}: under this chat template a conversation does not begin with its own beginning (it "
-                f"rewrites earlier turns, or an answer does not follow the generation prompt); take another template"
-            )
-        answer, eos, _ = closed[len(opening) :].partition(tokenizer.eos)
-        if not eos:
-            raise BadRow(
-                f"message {number}: the chat template does not end an answer with the EOS {tokenizer.eos!r}, on which "
-                f"generation stops; name what it writes as eos_token in tokenizer_config.json, or take another template"
-            )
+        if not opening.startswith(written):
+            raise BadRow(f"the chat template rewrites what stands before message {number}; take another template")
+        answer = _answer(tokenizer, messages[: number + 1], opening)
         found.append(Segment(tokenizer.template_ids(opening[len(written) :], first=not written), False))
         found.append(Segment([*tokenizer.continuation(answer), tokenizer.eos_id], True))
-        written = opening + answer + eos
+        written = opening + answer + tokenizer.eos
     return found
+
+
+def _answer(tokenizer: Tokenizer, messages: Sequence[Message], opening: str) -> str:
+    """What the template writes of the last message, between `opening` and the EOS."""
+    closed = tokenizer.chat(messages, add_generation_prompt=False)
+    if not closed.startswith(opening):
+        raise BadRow(
+            f"under this chat template, the answer in message {len(messages) - 1} does not follow the generation "
+            f"prompt; take another template"
+        )
+    answer, eos, _ = closed[len(opening) :].partition(tokenizer.eos)
+    if not eos:
+        raise BadRow(
+            f"the chat template does not end the answer in message {len(messages) - 1} with the EOS {tokenizer.eos!r}, "
+            f"on which generation stops; name what it writes as eos_token in tokenizer_config.json, or take another"
+        )
+    return answer
 
 
 def _check_contents(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 from glade.data.dialogue import (
     Message,
+    completion_ids,
     ends_with_answer,
     instruction_in,
     message_in,
     messages_in,
     messages_in_text,
-    segments,
+    prompt_ids,
 )
 from glade.data.rows import (
     BadRow,
@@ -181,7 +182,7 @@ def tokenize_pair(pair: TextPair, tokenizer: Tokenizer, separator: str = "") -> 
             cannot spell, or no chat template for a conversation.
     """
     prompt, chosen = answer_ids(tokenizer, pair.prompt, pair.chosen, separator)
-    rejected = answer_ids(tokenizer, pair.prompt, pair.rejected, separator)[1]
+    rejected = _completion(tokenizer, pair.prompt, pair.rejected, separator)
     if chosen == rejected:
         raise BadRow("'chosen' and 'rejected' are the same tokens")
     return Pair(prompt, chosen, rejected)
@@ -195,9 +196,13 @@ def answer_ids(
     Raises:
         DataError: as `tokenize_pair`.
     """
+    read = tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt_ids(tokenizer, prompt)
+    return tuple(read), _completion(tokenizer, prompt, answer, separator)
+
+
+def _completion(tokenizer: Tokenizer, prompt: str | list[Message], answer: str, separator: str) -> tuple[int, ...]:
     if isinstance(prompt, str):
         # what follows nothing begins the document
         ids = tokenizer.continuation(separator + answer) if prompt else tokenizer.encode(answer)
-        return tuple(tokenizer.prompt(prompt)), (*ids, tokenizer.eos_id)
-    *context, last = segments(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-    return tuple(id for segment in context for id in segment.ids), tuple(last.ids)
+        return *ids, tokenizer.eos_id
+    return tuple(completion_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}]))

@@ -124,8 +124,11 @@ def test_a_template_of_the_users_own(byte: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for m in messages %}{{ m.content }};{% endfor %}", "does not end an answer with the EOS"),
-        ("{{ messages|length }}{{ eos_token }}{% if add_generation_prompt %}>{% endif %}", "its own beginning"),
+        ("{% for m in messages %}{{ m.content }};{% endfor %}", "does not end the answer in message 1 with the EOS"),
+        (
+            "{{ messages|length }}{{ eos_token }}{% if add_generation_prompt %}>{% endif %}",
+            "does not follow the generation",
+        ),
         ("{{ nothing.here }}", "cannot render"),
     ],
 )
@@ -134,6 +137,16 @@ def test_templates_that_cannot_be_learned_from(template: str, said: str, byte: T
     file.write_text(template)
     with pytest.raises(DataError, match=said):
         read({"messages": [USER, ANSWER]}, byte, tmp_path, chat_template=str(file))
+
+
+def test_a_template_that_rewrites_earlier_turns(byte: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "bad.jinja"
+    file.write_text(
+        "{% for m in messages %}{{ m.content if m.role == 'user' or loop.last else m.content|upper }}"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="rewrites what stands before message 3"):
+        read({"messages": [USER, ANSWER, USER, ANSWER]}, byte, tmp_path, chat_template=str(file))
 
 
 @pytest.mark.parametrize(
