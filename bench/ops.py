@@ -2,10 +2,12 @@
 
     python bench/ops.py                                     # every corner, the three shapes of 32,768 tokens
     python bench/ops.py --corners gdn2 --shapes 16x2048     # one of them
+    python bench/ops.py --corners gla --heads 4x256x512     # other heads: number, K, V
     python bench/ops.py --out bench/results/ops_h100.csv
 
-bf16 inputs, g fp32, H = 16, K = V = 128, state from zeros. Peers (flash-linear-attention, where `import fla` works)
-run on the same inputs, a call of theirs after each of ours. Times are medians with the 20th and 80th percentile of
+bf16 inputs, g fp32, state from zeros, 16 heads of K = V = 128 unless said otherwise. `glade, recomputing` keeps the
+inputs only for the backward. Peers (flash-linear-attention where `import fla` works, FlashQLA where `import flash_qla`
+does) run on the same inputs, a call of theirs after each of ours. Times are medians with the 20th and 80th percentile of
 CUDA-event times; `bytes` counts every input read once and every output and gradient written once, and `copy_share` is
 their time at the bandwidth of a large copy, measured first, over the median. Nothing is timed before it is compared,
 gradients too, with backend `torch` in fp64 on the same inputs.
@@ -17,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,10 +27,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glade.ops.linear_attention import linear_attention
+from glade.ops.linear_attention import linear_attention, recomputing
 from glade.ops.linear_attention.parity import CORNERS, Shape, errors_between, failures, make_inputs
 
-H, K, V = 16, 128, 128
 COLUMNS = ["op", "provider", "mode", "shape", "dtype", "device", "versions", "median_ms", "p20_ms", "p80_ms", "bytes"]
 COLUMNS += ["copy_share", "peak_bytes", "first_call_s", "command"]
 # the function of fla.ops that computes a corner, and its keyword for g
@@ -47,15 +49,23 @@ def glade_op(inputs: Inputs) -> Tensor:
     return linear_attention(inputs["q"], inputs["k"], inputs["v"], **gates, backend="triton")[0]
 
 
-def peer_op(corner: str) -> Callable[[Inputs], Tensor] | None:
-    """The peer's op, on the same tensors: erase stands for its beta where both gates are one scalar."""
-    if corner not in PEERS or find_spec("fla") is None:
-        return None
-    module, name = PEERS[corner]
-    op = getattr(__import__(f"fla.ops.{module}", fromlist=[name]), name)
+def glade_op_recomputing(inputs: Inputs) -> Tensor:
+    with recomputing():
+        return glade_op(inputs)
+
+
+def peer_ops(corner: str) -> Iterator[tuple[str, Callable[[Inputs], Tensor]]]:
+    """The peers' ops by name, on the same tensors: erase stands for their beta where both gates are one scalar."""
+    found = []
+    if corner in PEERS and find_spec("fla") is not None:
+        module, name = PEERS[corner]
+        found.append(("fla", getattr(import_module(f"fla.ops.{module}"), name)))
+    if corner == "gdn" and find_spec("flash_qla") is not None:
+        found.append(("flashqla", import_module("flash_qla").chunk_gated_delta_rule))
     names = {"delta": ("erase",), "gdn": ("g", "erase"), "kda": ("g", "erase"), "gdn2": ("g", "erase", "write")}
     gates = names.get(corner, ("g",))
-    return lambda inputs: op(inputs["q"], inputs["k"], inputs["v"], *(inputs[x] for x in gates))[0]
+    for name, op in found:
+        yield name, lambda inputs, op=op: op(inputs["q"], inputs["k"], inputs["v"], *(inputs[x] for x in gates))[0]
 
 
 def event_ms(work: Callable[[], object]) -> float:
@@ -88,27 +98,28 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / ms * 1e3
 
 
-def inputs_of(corner: str, B: int, T: int) -> Inputs:
+def inputs_of(corner: str, B: int, T: int, heads: tuple[int, int, int]) -> Inputs:
+    H, K, V = heads
     shape = Shape(B, T, H, H, K, V)
     inputs = make_inputs(CORNERS[corner], shape, dtype=torch.bfloat16, given_state=False, device="cuda")
     return {name: x.requires_grad_() for name, x in inputs.items() if x is not None}
 
 
-def rows_of(corner: str, B: int, T: int, bandwidth: float, repeats: int) -> Iterator[dict[str, object]]:
-    inputs = inputs_of(corner, B, T)
+def rows_of(
+    corner: str, B: int, T: int, heads: tuple[int, int, int], bandwidth: float, repeats: int
+) -> Iterator[dict[str, object]]:
+    inputs = inputs_of(corner, B, T, heads)
     wrong = failures(errors_between({"state": None, **gates_absent(), **inputs}, "triton", "torch"), torch.bfloat16)
     if wrong:
         raise SystemExit(f"{corner} {B}x{T}: not timed, since it is wrong: {wrong}")
     leaves = list(inputs.values())
     do = torch.randn_like(inputs["v"])
-    providers = {"glade": glade_op, "fla": peer_op(corner)}
+    providers = {"glade": glade_op, "glade, recomputing": glade_op_recomputing, **dict(peer_ops(corner))}
     modes: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward+backward": {}}
     first_call_s, peak_bytes = {}, {}
     for name, op in providers.items():
-        if op is None:
-            continue
         modes["forward"][name] = lambda op=op: op(inputs)
-        modes["forward+backward"][name] = lambda op=op: torch.autograd.grad(op(inputs), leaves, do)
+        modes["forward+backward"][name] = lambda op=op: torch.autograd.grad(op(inputs), leaves, do, allow_unused=True)
         begin = time.perf_counter()
         modes["forward+backward"][name]()
         torch.cuda.synchronize()
@@ -127,7 +138,7 @@ def rows_of(corner: str, B: int, T: int, bandwidth: float, repeats: int) -> Iter
                 "op": corner,
                 "provider": name,
                 "mode": mode,
-                "shape": f"B{B} T{T} H{H} K{K} V{V}",
+                "shape": f"B{B} T{T} H{heads[0]} K{heads[1]} V{heads[2]}",
                 "dtype": "bfloat16",
                 "device": torch.cuda.get_device_name(),
                 "versions": versions(),
@@ -148,7 +159,7 @@ def gates_absent() -> dict[str, None]:
 
 def versions() -> str:
     found = [f"torch {torch.__version__}"]
-    for name in ("triton", "flash-linear-attention"):
+    for name in ("triton", "flash-linear-attention", "flash-qla"):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -160,18 +171,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corners", nargs="+", default=list(CORNERS), choices=list(CORNERS))
     parser.add_argument("--shapes", nargs="+", default=["16x2048", "4x8192", "1x32768"], help="batch x tokens")
+    parser.add_argument("--heads", default="16x128x128", help="heads x K x V")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--out", type=Path, help="CSV file to write")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("these are GPU kernels: run this on a machine with a CUDA device")
+    H, K, V = map(int, arguments.heads.split("x"))
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, {versions()}")
     rows = []
     for corner in arguments.corners:
         for shape in arguments.shapes:
             B, T = map(int, shape.split("x"))
-            for row in rows_of(corner, B, T, bandwidth, arguments.repeats):
+            for row in rows_of(corner, B, T, (H, K, V), bandwidth, arguments.repeats):
                 rows.append(row)
                 print(*(f"{name} {row[name]}" for name in COLUMNS[:4] + COLUMNS[7:14]), flush=True)
     if arguments.out is not None:
