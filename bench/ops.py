@@ -7,10 +7,10 @@
 
 bf16 inputs, g fp32, state from zeros, 16 heads of K = V = 128 unless said otherwise. `glade, recomputing` keeps the
 inputs only for the backward. Peers (flash-linear-attention where `import fla` works, FlashQLA where `import flash_qla`
-does) run on the same inputs, a call of theirs after each of ours. Times are medians with the 20th and 80th percentile of
-CUDA-event times; `bytes` counts every input read once and every output and gradient written once, and `copy_share` is
-their time at the bandwidth of a large copy, measured first, over the median. Nothing is timed before it is compared,
-gradients too, with backend `torch` in fp64 on the same inputs.
+does) run on the same inputs, a call of theirs after each of ours. Times are medians with the 20th and 80th percentile
+of CUDA-event times; `bytes` counts every input read once and every output and gradient written once, and `copy_share`
+is their time at the bandwidth of a large copy, measured first, over the median. Nothing is timed before it is
+compared, gradients too, with backend `torch` in fp64 on the same inputs.
 """
 
 import argparse

@@ -10,7 +10,7 @@ average over, and with which weights, is the caller's business.
 import torch
 from torch import Tensor
 
-from glade.ops.cross_entropy import chunked
+from glade.ops.cross_entropy import chunked, triton
 
 __all__ = ["linear_cross_entropy"]
 
@@ -47,4 +47,5 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, bias: Te
         raise ValueError(
             f"bias has shape {list(bias.shape)}; give [{len(weight)}], one number a token of the vocabulary"
         )
-    return chunked.linear_cross_entropy(x, weight, targets, bias)
+    on_gpu = triton.refuses(x.device, torch.promote_types(x.dtype, weight.dtype)) is None
+    return (triton if on_gpu else chunked).linear_cross_entropy(x, weight, targets, bias)
