@@ -34,10 +34,12 @@ FLAGS = [
     "-Wextra",
     "-Wno-psabi",
 ]
+AVX512 = "-DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
 # by the macro that a compiler for the processor defines
 ISAS = {
     "__x86_64__": {
-        "avx512": "-DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+        "avx512bf16": f"{AVX512} -mavx512bf16",
+        "avx512": AVX512,
         "avx2": "-DLANES=8 -mavx2 -mfma",
         "baseline": "-DLANES=4",
     },

@@ -54,6 +54,14 @@ def test_every_build_in_both_precisions(isa, corner, dtype):
     assert not failures(found, dtype), found
 
 
+@pytest.mark.parametrize("dims", [(33, 100), (64, 64)])
+@pytest.mark.parametrize("corner", ["linear", "delta", "kda", "gdn2"])
+def test_every_build_in_bf16_over_many_chunks(isa, corner, dims):
+    inputs = make_inputs(CORNERS[corner], Shape(1, 150, 1, 2, *dims), dtype=torch.bfloat16, gate="strong")
+    found = errors(inputs, "cpu")
+    assert not failures(found, torch.bfloat16), found
+
+
 @pytest.mark.parametrize("corner", CORNERS)
 def test_strided_inputs_are_read_in_place(corner):
     inputs = make_inputs(CORNERS[corner], Shape(T=50, K=24, V=40))

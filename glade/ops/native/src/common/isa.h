@@ -5,7 +5,7 @@
 
 /* the fastest first */
 #if defined(__x86_64__)
-#define EACH_ISA(M) M(avx512) M(avx2) M(baseline)
+#define EACH_ISA(M) M(avx512bf16) M(avx512) M(avx2) M(baseline)
 #elif defined(__aarch64__)
 #define EACH_ISA(M) M(neon)
 #else

@@ -36,12 +36,13 @@ typedef uint16_t hvec_at __attribute__((vector_size(2 * LANES), aligned(2), may_
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#define SHUFFLE_AS(order, x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #endif
 #endif
-#ifndef SHUFFLE
-#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (ivec){__VA_ARGS__})
+#ifndef SHUFFLE_AS
+#define SHUFFLE_AS(order, x, y, ...) __builtin_shuffle(x, y, (order){__VA_ARGS__})
 #endif
+#define SHUFFLE(x, y, ...) SHUFFLE_AS(ivec, x, y, __VA_ARGS__)
 
 INLINE vec load(const float *p) { return *(const vec_at *)p; }
 INLINE void store(float *p, vec x) { *(vec_at *)p = x; }
@@ -105,6 +106,32 @@ INLINE void transpose_block(float *out, long out_row, const float *in, long in_r
     }
     UNROLL for (int i = 0; i < LANES; i++) store(out + i * out_row, x[i]);
 }
+
+#if defined(__AVX512BF16__) && LANES == 16
+#define BFLOAT16_PAIRS 1
+typedef int16_t short_pairs __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* 2 * LANES numbers rounded to bf16, x first. In assembly: the compilers disagree on the types of the builtins. */
+INLINE uvec round_pairs(vec x, vec y) {
+    uvec both;
+    __asm__("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(y), "v"(x));
+    return both;
+}
+
+/* lane i: x[i] in the low half, y[i] in the high half, both rounded to bf16 */
+INLINE uvec zip_pairs(vec x, vec y) {
+    short_pairs both = (short_pairs)round_pairs(x, y);
+    return (uvec)SHUFFLE_AS(short_pairs, both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
+                            10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+/* sum + x * y in both halves of each lane; what is below 1e-38 counts as 0 */
+INLINE vec add_pair_products(vec sum, uvec x, uvec y) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+    return sum;
+}
+#endif
 
 INLINE long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 

@@ -20,6 +20,7 @@ typedef struct {
     float diagonal[CHUNK];
     float *dQ, *dE, *dK, *dKt; /* [CHUNK, Kp] */
     float *decayed, *carried;  /* [CHUNK, Kp] each: of the gate's gradient */
+    float *pairs;        /* working memory of products in pairs of bf16, or NULL */
     float *near, *gate;  /* `gate` [CHUNK, the larger of Kp, Vp]: room for dg, and for rows on their way */
 } Buffers;
 
@@ -40,6 +41,7 @@ static size_t carve(Buffers *b, float *base, const Sizes *s, Gate gate, int eras
     b->dP = take(&arena, CHUNK * CHUNK);
     b->dT = take(&arena, CHUNK * CHUNK);
     b->near = take(&arena, near_floats(s));
+    b->pairs = take_pairs(&arena, s);
     b->gate = take(&arena, k_rows > v_rows ? k_rows : v_rows);
     return arena.used;
 }
@@ -109,8 +111,8 @@ static __attribute__((noinline)) long replay(Buffers *b, const Call *call, const
         if (gate == SCALAR_GATE) scale_rows(U = b->Ut, b->U[i], x->t, x->rows, s->v_row, s->Vp);
         for (long p = 0; p < num_panels(s->Kp); p++) {
             long width = panel_width(s->Kp, p), first = p * PANEL, from = first * s->Vp;
-            product_onto(b->ST[i + 1] + from, b->ST[i] + from, width, U, 1, s->v_row, x->Kt + first, x->row, s->Vp, width,
-                         x->rows, gate == NO_GATE ? ADD : SCALE_COLUMNS, x->total + first);
+            multiply(b->pairs, b->ST[i + 1] + from, b->ST[i] + from, width, U, 1, s->v_row, x->Kt + first, x->row, s->Vp,
+                     width, x->rows, gate == NO_GATE ? ADD : SCALE_COLUMNS, x->total + first);
         }
     }
     return num;
@@ -123,7 +125,8 @@ static __attribute__((noinline)) void updates_backward(Buffers *b, const Chunk *
         float *dR = b->dR + p * PANEL;
         const float *dO = b->dO + p * PANEL;
         long width = panel_width(s->Vp, p);
-        product(dR, row, x->Kt, x->row, 1, b->dS + p * PANEL * s->Kp, width, rows, width, s->K, REPLACE, NULL);
+        multiply(b->pairs, dR, dR, row, x->Kt, x->row, 1, b->dS + p * PANEL * s->Kp, width, rows, width, s->K, REPLACE,
+                 NULL);
         if (gate == SCALAR_GATE) scale_rows(dR, dR, x->t, rows, row, width);
         solve_upper(dR, x->P, dO, erases ? x->A : NULL, row, x->blocks, width);
     }
@@ -133,11 +136,13 @@ static __attribute__((noinline)) void updates_backward(Buffers *b, const Chunk *
     if (erases) scale_rows(b->up_r, b->dR, minus, rows, row, s->Vp);
 }
 
-/* dQ = up_o S^T, dE = up_r S^T, dKt = U dS^T; meanwhile memory is asked for what comes next */
+/* dQ = up_o S^T, dE = up_r S^T, dKt = U dS^T; meanwhile memory is asked for what comes next. In pairs each product takes
+ * all rows at once, but for dE, whose rounding would be felt in the sum that is the gradient of a scalar erase. */
 static __attribute__((noinline)) void rows_backward(Buffers *b, const Chunk *x, const Call *call, const Sizes *s,
                                                     const Sequence *seq, long head, long token, const float *ST,
                                                     const float *U, int erases) {
-    for (long i = 0; i < x->blocks * BLOCK; i += BLOCK) {
+    long rows = x->blocks * BLOCK, step = b->pairs ? rows : BLOCK;
+    for (long i = 0; i < rows; i += BLOCK) {
         long left = x->rows - i < BLOCK ? x->rows - i : BLOCK;
         const Array *written[] = {&call->d_q, &call->d_k, &call->d_v};
         prefetch_backward(call, s, seq, head, token - seq->first + i - CHECKPOINT);
@@ -145,11 +150,13 @@ static __attribute__((noinline)) void rows_backward(Buffers *b, const Chunk *x, 
         for (long p = 0; p < num_panels(s->Kp); p++) {
             long width = panel_width(s->Kp, p), at = i * s->k_row + p * PANEL, from = i * s->v_row;
             const float *state = ST + p * PANEL * s->Vp, *d_state = b->dST + p * PANEL * s->Vp;
-            product(b->dQ + at, s->k_row, b->up_o + from, s->v_row, 1, state, width, BLOCK, width, s->V, REPLACE, NULL);
-            if (erases)
-                product(b->dE + at, s->k_row, b->up_r + from, s->v_row, 1, state, width, BLOCK, width, s->V, REPLACE,
-                        NULL);
-            product(b->dKt + at, s->k_row, U + from, s->v_row, 1, d_state, width, BLOCK, width, s->V, REPLACE, NULL);
+#define ROWS(room, out, in, matrix, num) \
+    multiply(room, out + at, out + at, s->k_row, in + from, s->v_row, 1, matrix, width, num, width, s->V, REPLACE, NULL)
+            if (erases) ROWS(NULL, b->dE, b->up_r, state, BLOCK);
+            if (i % step) continue;
+            ROWS(b->pairs, b->dQ, b->up_o, state, step);
+            ROWS(b->pairs, b->dKt, U, d_state, step);
+#undef ROWS
         }
     }
 }
@@ -161,10 +168,10 @@ static __attribute__((noinline)) void state_backward(Buffers *b, const Chunk *x,
     for (long p = 0; p < num_panels(s->Vp); p++) {
         float *dS = b->dS + p * PANEL * s->Kp;
         long width = panel_width(s->Vp, p), at = p * PANEL;
-        product(dS, width, x->Q, 1, x->row, b->up_o + at, s->v_row, s->Kp, width, joint ? 2 * CHUNK : x->rows,
-                gate == NO_GATE ? ADD : SCALE_ROWS, x->total);
+        multiply(b->pairs, dS, dS, width, x->Q, 1, x->row, b->up_o + at, s->v_row, s->Kp, width,
+                 joint ? 2 * CHUNK : x->rows, gate == NO_GATE ? ADD : SCALE_ROWS, x->total);
         if (erases && !joint)
-            product(dS, width, x->E, 1, x->row, b->up_r + at, s->v_row, s->Kp, width, x->rows, ADD, NULL);
+            multiply(b->pairs, dS, dS, width, x->E, 1, x->row, b->up_r + at, s->v_row, s->Kp, width, x->rows, ADD, NULL);
     }
 }
 

@@ -6,7 +6,7 @@
 #ifndef GLADE_CHUNK_H
 #define GLADE_CHUNK_H
 
-#include "products.h"
+#include "pairs.h"
 #include "rows.h"
 
 /* the decay a kernel is specialised for */
@@ -34,11 +34,16 @@ typedef struct {
     long K, V, Kp, Vp;
     long k_row, v_row; /* floats from row to row: not a power of two of bytes */
     long group;        /* value heads that share a head of q and k */
+    int pairs;         /* products with the state in pairs of bf16 */
 } Sizes;
 
 static inline Sizes sizes_of(const Call *c) {
     long Kp = padded(c->key_dim), Vp = padded(c->value_dim);
-    return (Sizes){c->key_dim, c->value_dim, Kp, Vp, Kp + 16, Vp + 16, c->num_value_heads / c->num_heads};
+    int pairs = 0;
+#ifdef BFLOAT16_PAIRS
+    pairs = c->q.dtype == BFLOAT16; /* as k and v */
+#endif
+    return (Sizes){c->key_dim, c->value_dim, Kp, Vp, Kp + 16, Vp + 16, c->num_value_heads / c->num_heads, pairs};
 }
 
 INLINE Gate gate_of(const Array *g) { return !g->data ? NO_GATE : g->width == 1 ? SCALAR_GATE : VECTOR_GATE; }
@@ -68,10 +73,14 @@ typedef struct {
     size_t used;
 } Arena;
 
-INLINE float *take(Arena *arena, size_t floats) {
+static inline float *take(Arena *arena, size_t floats) {
     size_t at = arena->used;
     arena->used += (floats + 15) & ~(size_t)15;
     return arena->base ? arena->base + at : NULL;
+}
+
+static inline float *take_pairs(Arena *arena, const Sizes *s) {
+    return s->pairs ? take(arena, pairs_floats(s->Kp > s->Vp ? s->Kp : s->Vp)) : NULL;
 }
 
 static inline Chunk take_chunk(Arena *arena, const Sizes *s, Gate gate, int erases) {

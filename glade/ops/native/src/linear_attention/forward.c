@@ -12,15 +12,17 @@ typedef struct {
     float *S;             /* [Kp, Vp] in panels */
     float *read_e, *read_q; /* [CHUNK, panel]: what e and q read of the state; e's then becomes U */
     float *near;
+    float *pairs; /* working memory of products in pairs of bf16, or NULL */
 } Buffers;
 
 static size_t carve(Buffers *b, float *base, const Sizes *s, Gate gate, int erases) {
     Arena arena = {base, 0};
     b->chunk = take_chunk(&arena, s, gate, erases);
     b->S = take(&arena, (size_t)s->Kp * s->Vp);
-    b->read_e = take(&arena, CHUNK * ROW);
     b->read_q = take(&arena, CHUNK * ROW);
+    b->read_e = take(&arena, CHUNK * ROW);
     b->near = take(&arena, near_floats(s));
+    b->pairs = take_pairs(&arena, s);
     return arena.used;
 }
 
@@ -60,6 +62,17 @@ static __attribute__((noinline)) void output(Buffers *b, const Call *call, const
     for (long i = 0; i < x->rows; i++) write_row(o, seq->batch, token + i, head, first, b->read_q + i * ROW, n);
 }
 
+/* what q and e read of the state S, a panel of `width`; e's rows follow q's, so that both read it at once */
+static __attribute__((noinline)) void read_in_pairs(Buffers *b, const Sizes *s, const float *S, long width, int erases) {
+    const Chunk *x = &b->chunk;
+    long rows = x->blocks * BLOCK;
+    int joint = erases && rows == CHUNK;
+    multiply(b->pairs, b->read_q, b->read_q, ROW, x->Q, x->row, 1, S, width, joint ? 2 * CHUNK : rows, width, s->K,
+             REPLACE, NULL);
+    if (erases && !joint)
+        multiply(b->pairs, b->read_e, b->read_e, ROW, x->E, x->row, 1, S, width, rows, width, s->K, REPLACE, NULL);
+}
+
 /* `ahead`: how far into the sequence the next chunk starts, or -1 */
 static __attribute__((noinline)) void panel_forward(Buffers *b, const Call *call, const Sizes *s, const Sequence *seq, long head, long token,
                           long panel, long ahead, Gate gate, int erases) {
@@ -72,10 +85,12 @@ static __attribute__((noinline)) void panel_forward(Buffers *b, const Call *call
             prefetch_inputs(call, s, seq, head, ahead + i);
             prefetch_rows(&call->o, seq->batch, token + i, head, x->rows - i < BLOCK ? x->rows - i : BLOCK, 1);
         }
+        if (b->pairs) continue;
         long at = i * x->row, to = i * ROW;
         if (erases) product(b->read_e + to, ROW, x->E + at, x->row, 1, S, width, BLOCK, width, s->K, REPLACE, NULL);
         product(b->read_q + to, ROW, x->Q + at, x->row, 1, S, width, BLOCK, width, s->K, REPLACE, NULL);
     }
+    if (b->pairs) read_in_pairs(b, s, S, width, erases);
     wanted(b->read_e, x, call, seq, head, token, first, n, erases);
     if (erases) solve_lower(b->read_e, x->A, ROW, x->blocks, width);
     output(b, call, seq, head, token, first, n);
@@ -88,8 +103,8 @@ static __attribute__((noinline)) void panel_forward(Buffers *b, const Call *call
         for (long i = 0; i < x->rows; i++)
             for (long at = i * ROW; at < i * ROW + width; at += LANES)
                 store(b->read_e + at, x->t[i] * load(b->read_e + at));
-    product(S, width, x->Kt, 1, x->row, b->read_e, ROW, s->Kp, width, x->rows, gate == NO_GATE ? ADD : SCALE_ROWS,
-            x->total);
+    multiply(b->pairs, S, S, width, x->Kt, 1, x->row, b->read_e, ROW, s->Kp, width, x->rows,
+             gate == NO_GATE ? ADD : SCALE_ROWS, x->total);
 }
 
 INLINE void head_forward(Buffers *b, const Call *call, const Sizes *s, const Sequence *seq, long index, long head,

@@ -15,6 +15,18 @@
 /* what is added of the old values (`old` has the rows of `out`, and may be it) */
 typedef enum { REPLACE, ADD, SCALE_ROWS, SCALE_COLUMNS } Onto;
 
+INLINE void finish_tile(vec (*acc)[TILE_VECS], float *out, const float *old, long out_row, int vecs, Onto onto,
+                        const float *factor, long row, long column) {
+    UNROLL for (int r = 0; r < TILE_ROWS; r++)
+        UNROLL for (int c = 0; c < vecs; c++) {
+            long at = r * out_row + c * LANES;
+            if (onto == ADD) acc[r][c] += load(old + at);
+            if (onto == SCALE_ROWS) acc[r][c] += factor[row + r] * load(old + at);
+            if (onto == SCALE_COLUMNS) acc[r][c] += load(factor + column + c * LANES) * load(old + at);
+            store(out + at, acc[r][c]);
+        }
+}
+
 INLINE void product_tile(float *out, const float *old, long out_row, const float *a, long a_row, long a_inner, const float *b, long b_row,
                          long inner, int vecs, Onto onto, const float *factor, long row, long column) {
     vec acc[TILE_ROWS][TILE_VECS];
@@ -28,14 +40,7 @@ INLINE void product_tile(float *out, const float *old, long out_row, const float
             UNROLL for (int c = 0; c < vecs; c++) acc[r][c] += x * y[c];
         }
     }
-    UNROLL for (int r = 0; r < TILE_ROWS; r++)
-        UNROLL for (int c = 0; c < vecs; c++) {
-            long at = r * out_row + c * LANES;
-            if (onto == ADD) acc[r][c] += load(old + at);
-            if (onto == SCALE_ROWS) acc[r][c] += factor[row + r] * load(old + at);
-            if (onto == SCALE_COLUMNS) acc[r][c] += load(factor + column + c * LANES) * load(old + at);
-            store(out + at, acc[r][c]);
-        }
+    finish_tile(acc, out, old, out_row, vecs, onto, factor, row, column);
 }
 
 /* out[rows, width] = (old, as `onto` says) + a[rows, inner] b[inner, width], where a[r, i] is a[r * a_row + i *
@@ -87,6 +92,7 @@ INLINE void product(float *out, long out_row, const float *a, long a_row, long a
                     long rows, long width, long inner, Onto onto, const float *factor) {
     product_onto(out, out, out_row, a, a_row, a_inner, b, b_row, rows, width, inner, onto, factor);
 }
+
 
 /* out[4, 4] = x[4, width] y[4, width]^T: sums over lanes are batched, LANES at a time */
 static __attribute__((noinline)) void dots_4x4(float *out, long out_row, const float *x, long x_row, const float *y, long y_row, long width) {
