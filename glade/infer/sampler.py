@@ -1,6 +1,6 @@
 """From logits to the next token ids: a pure function, its noise included. Knows nothing of models or text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,12 @@ def sample(
         raise ValueError("repetition_penalty is not 1, and seen is None; pass the token counts, [B, vocab]")
     if rules.drawn and noise is None:
         raise ValueError("temperature is not 0, and noise is None; pass gumbel_noise(seeds, positions, vocab)")
-    return draw(logits, rules, seen, noise)
+    return draw(logits, rules, seen, lambda ids: _given(noise) if ids is None else _given(noise).gather(1, ids))
+
+
+def _given(noise: Tensor | None) -> Tensor:
+    assert noise is not None
+    return noise
 
 
 class Rules(NamedTuple):
@@ -71,6 +76,7 @@ class Rules(NamedTuple):
     drawn: bool  # some row has a temperature
     penalized: bool  # some row has a repetition penalty
     widest: int  # the most tokens that top-k and top-p of one row put in order; 0: every row keeps all
+    whole: bool  # some row that is drawn keeps all
 
 
 def rules_of(params: Sequence[SamplingParams], vocab: int, device: torch.device) -> Rules:
@@ -89,13 +95,18 @@ def rules_of(params: Sequence[SamplingParams], vocab: int, device: torch.device)
 
 def _rules(temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, penalty: Tensor, *, vocab: int) -> Rules:
     limited = (top_k > 0) & (top_k < vocab)
-    width = torch.where(limited, top_k, vocab) * ((limited | (top_p < 1)) & (temperature != 0))
-    drawn, penalized, widest = (temperature != 0).any(), (penalty != 1).any(), width.amax() if len(width) else 0
-    return Rules(temperature, top_k, top_p, min_p, penalty, bool(drawn), bool(penalized), int(widest))
+    warm, restricted = temperature != 0, limited | (top_p < 1)
+    width = torch.where(limited, top_k, vocab) * (restricted & warm)
+    facts = bool(warm.any()), bool((penalty != 1).any()), int(width.amax()) if len(width) else 0
+    return Rules(temperature, top_k, top_p, min_p, penalty, *facts, bool((warm & ~restricted).any()))
 
 
-def draw(logits: Tensor, rules: Rules, seen: Tensor | None, noise: Tensor | None) -> Tensor:
-    """`sample` with its settings as `rules`; ids [B]. On a GPU it waits for nothing."""
+def draw(logits: Tensor, rules: Rules, seen: Tensor | None, noise: Callable[[Tensor | None], Tensor] | None) -> Tensor:
+    """`sample` with its settings as `rules`; ids [B]. On a GPU it waits for nothing.
+
+    noise: the noise of ids [B, n], or of the whole vocabulary for None. Where every row keeps few tokens only theirs is
+        asked for
+    """
     scores = logits.float()
     if rules.penalized:
         assert seen is not None
@@ -107,8 +118,12 @@ def draw(logits: Tensor, rules: Rules, seen: Tensor | None, noise: Tensor | None
     # from the maximum down, so that no temperature makes the best token infinite
     cold = rules.temperature == 0
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / torch.where(cold, 1.0, rules.temperature)
-    scores = _restrict(scores, rules)
-    return torch.where(cold[:, 0], greedy, (scores + noise).argmax(dim=-1))
+    if rules.whole:
+        drawn = (_restrict(scores, rules) + noise(None)).argmax(dim=-1)
+    else:
+        best, ids = _nucleus(scores, _limits(rules, scores.shape[1]), rules.top_p, rules.widest)
+        drawn = ids.gather(1, (_above_floor(best, rules) + noise(ids)).argmax(dim=-1, keepdim=True))[:, 0]
+    return torch.where(cold[:, 0], greedy, drawn)
 
 
 def penalize(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -128,15 +143,27 @@ def restrict(
 def _restrict(scores: Tensor, rules: Rules) -> Tensor:
     vocab = scores.shape[-1]
     if rules.widest:
-        k = torch.where((rules.top_k <= 0) | (rules.top_k > vocab), vocab, rules.top_k)
-        kept = _nucleus(scores, k, rules.top_p, rules.widest)
+        k = _limits(rules, vocab)
+        best, ids = _nucleus(scores, k, rules.top_p, rules.widest)
+        kept = torch.full_like(scores, float("-inf")).scatter(-1, ids, best)
         scores = torch.where((k == vocab) & (rules.top_p >= 1), scores, kept)
+    return _above_floor(scores, rules)
+
+
+def _limits(rules: Rules, vocab: int) -> Tensor:
+    """top-k as numbers of tokens, [B, 1]."""
+    return torch.where((rules.top_k <= 0) | (rules.top_k > vocab), vocab, rules.top_k)
+
+
+def _above_floor(scores: Tensor, rules: Rules) -> Tensor:
+    """min-p."""
     floor = scores.amax(dim=-1, keepdim=True) + rules.min_p.log()
     return scores.masked_fill(scores < floor, float("-inf"))
 
 
-def _nucleus(scores: Tensor, k: Tensor, p: Tensor, widest: int, width: int | None = None) -> Tensor:
-    """Scores with all but the k best, and of these the fewest whose probabilities reach p, set to -inf.
+def _nucleus(scores: Tensor, k: Tensor, p: Tensor, widest: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Scores and ids [B, n] of the best tokens, best first, but -inf beyond the k best and, of these, beyond the fewest
+    whose probabilities reach p.
 
     A row that keeps everything may lose its tail. What another row keeps does not depend on the rest of the batch: its
     sums run from its best token down, whatever the `width`, the number of tokens put in order.
@@ -158,10 +185,10 @@ def _nucleus(scores: Tensor, k: Tensor, p: Tensor, widest: int, width: int | Non
     rank = torch.arange(width, device=scores.device)
     # rank 0 stays whatever rounding does; p = 1 keeps tails that rounding pushes to 1
     outside = (rank >= k) | ((up_to - mass >= p * total) & (rank > 0) & (p < 1))
-    return torch.full_like(scores, float("-inf")).scatter(-1, ids, best.masked_fill(outside, float("-inf")))
+    return best.masked_fill(outside, float("-inf")), ids
 
 
-def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int, ids: Tensor | None = None) -> Tensor:
     """Standard Gumbel noise that is a function of (seed, position, token id) and nothing else.
 
         -log(-log(1 - w)),   w = (hash(seed, position, id) + 1/2) / 2^32
@@ -171,29 +198,33 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     Args:
         seeds:     [B] int64, from 0
         positions: [B] int64, from 0: of the token to be drawn, in its sequence
+        ids:       [B, n] int64, the tokens whose noise is wanted; None is the whole vocabulary
     Returns:
-        noise [B, vocab] fp32
+        noise [B, n] fp32, n = vocab without ids
     Source: integer hash by C. Wellons, "hash prospector" (21f0aaad, 735a2d97), whose constants are below 2^31:
         no product leaves int64.
     """
-    row = _mix((seeds >> 32) & _UINT32)
-    row = _mix(row ^ (seeds & _UINT32))
-    row = _mix(row ^ ((positions >> 32) & _UINT32))
-    first = _mix(row ^ (positions & _UINT32))[:, None]
-    second = _mix(first ^ 0x5BF03635)
-    ids = torch.arange(vocab, device=seeds.device)
+    row = _mix_((seeds >> 32) & _UINT32)
+    row = _mix_(row ^ (seeds & _UINT32))
+    row = _mix_(row ^ ((positions >> 32) & _UINT32))
+    first = _mix_(row ^ (positions & _UINT32))[:, None]
+    second = _mix_(first ^ 0x5BF03635)
+    ids = torch.arange(vocab, device=seeds.device) if ids is None else ids
     # two rounds with two keys: with one, two rows could hold the same noise in another order
-    bits = _mix((_mix(ids ^ first) + second) & _UINT32)
+    bits = _mix_(_mix_(ids ^ first).add_(second).bitwise_and_(_UINT32))
     # small w is large noise, and there fp32 is fine-grained; at the other end 1 - w must not round to 0
-    w = ((bits.float() + 0.5) / 2.0**32).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-w))
+    w = bits.float().add_(0.5).div_(2.0**32).clamp_(max=1 - 2.0**-24)
+    return w.neg_().log1p_().neg_().log_().neg_()
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers (held in int64) under which every output bit depends on every input bit."""
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _UINT32
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & _UINT32
-    return x ^ (x >> 15)
+def _mix_(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers (held in int64) under which every output bit depends on every input bit.
+
+    In x's own memory: over a whole vocabulary, new memory for every operation would cost more than they do.
+    """
+    x.bitwise_xor_(x >> 16).mul_(0x21F0AAAD).bitwise_and_(_UINT32)
+    x.bitwise_xor_(x >> 15).mul_(0x735A2D97).bitwise_and_(_UINT32)
+    return x.bitwise_xor_(x >> 15)
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:

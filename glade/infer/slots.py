@@ -45,7 +45,9 @@ class _Batch(NamedTuple):
     taken: list[int]  # the slot of each row of the batch that is somebody's, in the batch's order
     resting: Tensor  # the slots that are computed along although nobody sits there
     seeds: Tensor  # [B] int64
-    rules: Rules
+    # Rows that are drawn in one go. On the CPU each alone: it pays for its own rules and no others', and what it
+    # works on stays in the cache.
+    rules: list[tuple[slice, Rules]]
     tops: list[int]  # for each of `taken`, how many most likely tokens it reports
 
 
@@ -134,18 +136,33 @@ class Slots:
         if len(batch.resting):
             rest_(self.state, batch.resting)
         rows = slice(None) if batch.slots is None else batch.slots
-        logits = self._decode(self.unread[rows], self.state, batch.slots)[:, : self.vocab_size].float()
-        noise = None
-        if batch.rules.drawn:
-            noise = gumbel_noise(batch.seeds, self.state.position[rows], self.vocab_size)
-        seen = self.seen[rows] if batch.rules.penalized and self.seen is not None else None
-        ids = draw(logits, batch.rules, seen, noise)
+        logits = self._decode(self.unread[rows], self.state, batch.slots)[:, : self.vocab_size]
+        positions = self.state.position[rows]
+        penalized = self.seen is not None and any(rules.penalized for _, rules in batch.rules)
+        seen = self.seen[rows] if self.seen is not None and penalized else None
+        reports = [self._draw(logits[part].float(), rules, seen, part, batch, positions) for part, rules in batch.rules]
+        report = torch.cat(reports)
+        ids = report[:, 0]
         self.unread[rows] = ids
         if seen is not None and self.seen is not None:
             self.seen[rows] = seen.scatter(1, ids[:, None], True)
+        return report
+
+    def _draw(
+        self, logits: Tensor, rules: Rules, seen: Tensor | None, part: slice, batch: _Batch, positions: Tensor
+    ) -> Tensor:
+        """Ids and log-probabilities of some rows, [B, 2 + 2 n]: whole numbers and the bits of fp32 side by side, so
+        that everything crosses to the host in one copy.
+        """
+        seeds, positions = batch.seeds[part], positions[part]
+        ids = draw(
+            logits,
+            rules,
+            None if seen is None else seen[part],
+            lambda ids: gumbel_noise(seeds, positions, self.vocab_size, ids),
+        )
         logprobs = logits.log_softmax(dim=-1)
         best, best_ids = logprobs.topk(max(batch.tops), dim=-1)
-        # whole numbers and the bits of fp32 side by side: everything crosses to the host in one copy
         floats = torch.cat([logprobs.gather(1, ids[:, None]), best], dim=1).contiguous()
         return torch.cat([ids[:, None], best_ids, floats.view(torch.int32).to(torch.int64)], dim=1)
 
@@ -153,12 +170,14 @@ class Slots:
         taken = [slot for slot, params in enumerate(self.params) if params is not None]
         rows = list(range(self.size)) if self.padded else taken
         params = [self.params[slot] or _FREE for slot in rows]
+        size = 1 if self.device.type == "cpu" else len(rows)
+        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
         return _Batch(
             slots=None if len(rows) == self.size else torch.tensor(rows, device=self.device),
             taken=taken,
             resting=torch.tensor([slot for slot in rows if self.params[slot] is None], device=self.device).long(),
             seeds=torch.tensor([self._seeds[slot] for slot in rows], device=self.device),
-            rules=rules_of(params, self.vocab_size, self.device),
+            rules=[(part, rules_of(params[part], self.vocab_size, self.device)) for part in parts],
             tops=[min(params.logprobs, self.vocab_size) for params in self.params if params is not None],
         )
 
