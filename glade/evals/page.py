@@ -37,7 +37,9 @@ _PAGE = """\
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
-p { margin: .25rem 0; } .soft { color: var(--soft); font-size: .9rem; } .scroll { overflow-x: auto; }
+p { margin: .25rem 0; } .soft { color: var(--soft); font-size: .9rem; }
+.scroll { overflow-x: auto; margin-bottom: .75rem; }
+.bar + .soft { margin-bottom: 1rem; }
 table { border-collapse: collapse; width: 100%; background: var(--card); border: 1px solid var(--line); }
 th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: left; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -40,7 +40,9 @@ class ReportConfig:
         if self.prompts is None:
             given = [f.name for f in fields(ReportConfig) if getattr(self, f.name) != f.default]
             if given:
-                raise ConfigError(f"{', '.join(given)} belong to a report on two models; give its --prompts=FILE too")
+                raise ConfigError(
+                    f"without prompts, {', '.join(given)} cannot be honoured: give the report's --prompts=FILE too"
+                )
         for key in ("num", "text_chars", "batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1")

@@ -90,7 +90,8 @@ def _find(name: str) -> Callable[[Prompt, str], float]:
     source, colon, attribute = name.rpartition(":")
     if not colon or not source or not attribute:
         raise ConfigError(
-            f"unknown scorer {name!r}; give {', '.join(BUILT_IN)}, or your own as module:function or file.py:function"
+            f"unknown scorer {name!r}; give {', '.join(BUILT_IN)} (`glade prefer` knows reference too), or your own as "
+            f"module:function or file.py:function"
         )
     if source.endswith(".py"):
         path = Path(source)

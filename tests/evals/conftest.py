@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from glade.data.templates import TEMPLATES
 from glade.data.tokenizer import Tokenizer
 from glade.model import LanguageModel, ModelConfig
 
@@ -16,8 +17,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     """make_checkpoint(name, seed, text) -> the folder of a small model over bytes, or over the characters of `text`."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
-    def make(name: str, seed: int, text: str | None = None) -> str:
+    def make(name: str, seed: int, text: str | None = None, chat: bool = False) -> str:
         tokenizer = Tokenizer.build("byte") if text is None else Tokenizer.build("char", [text])
+        tokenizer.chat_template = TEMPLATES["plain"] if chat else None
         torch.manual_seed(seed)
         config = ModelConfig(mixer="gla", vocab_size=tokenizer.vocab_size, dim=16, num_layers=1, init_std=0.3)
         path = folder / name

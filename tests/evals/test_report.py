@@ -147,11 +147,17 @@ def test_the_page_is_whole_and_escaped(pair: tuple[str, str], prompts: Path, tmp
     assert "mark" in reader.tags
 
 
-def test_chat_prompts(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_chat_prompts(make_checkpoint: MakeCheckpoint, pair: tuple[str, str], tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": [{"role": "user", "content": "<i>Hi</i>"}]}) + "\n")
     with pytest.raises(DataError, match="no chat template"):
         make_report(*pair, config(pair, path))
+    chats = make_checkpoint("chat", 1, chat=True), make_checkpoint("chat2", 2, chat=True)
+    report = make_report(*chats, config(chats, path, temperature=0.0, num=1, scorer="logprob", judge=chats[0]))
+    t = load(chats[0]).tokenizer
+    ids = _greedy(load(chats[0]), tuple(t.prompt("User:\n<i>Hi</i>\nAssistant:\n")), 24)
+    assert report["answers"][0]["base"][0]["text"] == t.decode([id for id in ids if id != t.eos_id])
+    assert "user: &lt;i&gt;Hi&lt;/i&gt;" in render_page(report)
 
 
 def test_the_verb(pair: tuple[str, str], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -165,8 +171,8 @@ def test_the_verb(pair: tuple[str, str], prompts: Path, tmp_path: Path, capsys: 
 
 def test_what_cannot_be_honoured(pair: tuple[str, str], prompts: Path) -> None:
     for overrides, said in (
-        ({"runs": ["a", "b"], "scorer": "logprob"}, "scorer belong to a report"),
-        ({"runs": ["a", "b"], "seed": 3, "num": 2}, "num, seed belong to a report"),
+        ({"runs": ["a", "b"], "scorer": "logprob"}, "without prompts, scorer cannot"),
+        ({"runs": ["a", "b"], "seed": 3, "num": 2}, "without prompts, num, seed cannot"),
         ({"runs": ["a"], "prompts": "p.txt"}, "1 models are given"),
         ({"runs": ["a", "b"], "prompts": "p.txt", "names": ["x", "x"]}, "two different ones"),
         ({"runs": ["a", "b"], "prompts": "p.txt", "num": 0}, "at least 1"),

@@ -10,6 +10,7 @@ import torch
 
 from glade.config import load as load_config
 from glade.data.preference import read_pairs
+from glade.data.templates import TEMPLATES
 from glade.data.tokenizer import Tokenizer
 from glade.errors import ConfigError, DataError
 from glade.model import LanguageModel, ModelConfig
@@ -155,6 +156,20 @@ def test_prompts_of_ones_own(make: Callable[..., Rows], tmp_path: Path) -> None:
     texts.write_text("One two three four five six.\n<|endoftext|>\nToo short\n")
     rows = make(corpus=str(texts), min_words=3, max_words=3, overwrite=True)
     assert {(row["prompt"], row["chosen"]) for row in rows} == {("One two three", " four five six.")}
+
+
+def test_messages_as_prompts(make: Callable[..., Rows], checkpoint: str, tmp_path: Path) -> None:
+    t = Tokenizer.load(checkpoint)
+    model = LanguageModel.from_pretrained(checkpoint)
+    t.chat_template = TEMPLATES["alpaca"]
+    model.save_pretrained(tmp_path / "chat", t)
+    prompts = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "Say ab."}]
+    prompts.write_text(json.dumps({"prompt": messages, "reference": "ab."}) + "\n")
+    rows = make(checkpoint=str(tmp_path / "chat"), prompts=prompts)
+    assert rows[0]["prompt"] == messages and rows[0]["chosen"] == "ab."
+    pairs = read_pairs(tmp_path / "pairs.jsonl", t)
+    assert list(pairs[0].prompt) == t.chat_ids(messages)
 
 
 def test_settings_that_cannot_be_honoured() -> None:
