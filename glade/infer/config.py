@@ -10,7 +10,7 @@ from typing import Literal
 from glade.config import REQUIRED, setting
 from glade.errors import ConfigError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class ModelSource:
 
     checkpoint: str = setting(REQUIRED, "a run folder, a checkpoint folder, or a Hugging Face name")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto takes the accelerator if there is one")
-    dtype: Dtype | None = setting(None, "number format of the weights; none keeps the checkpoint's")
+    dtype: Dtype | None = setting(None, "of the weights; int8 rounds the matrices; none keeps the checkpoint's")
 
 
 @dataclass(frozen=True, kw_only=True)

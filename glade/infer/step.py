@@ -4,8 +4,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from glade.errors import BackendError
 from glade.infer.native import CannotLower, Program, lower
 from glade.model.lm import LanguageModel
+from glade.model.quantized import is_quantized
 from glade.model.state import State
 
 
@@ -36,9 +38,15 @@ class Step(Protocol):
 def decode_step(model: LanguageModel) -> Step:
     """The decode step of `model` as it is whenever it is called: weights may change, move or be cast between calls.
 
-    On the CPU a native program runs the whole model in one call, activations in fp32 whatever the weights are, a row's
-    result the same to the bit in any batch and with any number of threads. What it cannot run (`reason` says why: a
+    On the CPU a native program runs the whole model in one call, activations in fp32 (rounded to bf16 for products
+    with bf16 weights where the processor multiplies pairs of them), a row's result the same to the bit in any batch and with any number of threads. What it cannot run (`reason` says why: a
     mixture of experts, fp16 and fp64 weights, active dropout, another device) goes through `LanguageModel.step_`.
+
+    Weights of 8 bits (`glade.model.quantized`) are read as such by the native program alone: on a CPU that cannot run
+    it they are refused, elsewhere each product widens them first.
+
+    Raises:
+        BackendError: 8-bit weights on a CPU without the native program; also from a call, if the model became that.
 
     The step keeps a workspace: one for each thread that decodes. It holds the last state it has seen.
     """
@@ -50,7 +58,6 @@ class _DecodeStep:
         self._model = model
         self._program: Program | None = None
         self._reason = ""
-        self._watched: tuple[object, ...] = ()
         self._choose()
 
     @property
@@ -80,13 +87,14 @@ class _DecodeStep:
         if type(self._model).step_ is not LanguageModel.step_:
             self._reason = f"{type(self._model).__name__} has a decode step of its own"
             return
-        if self._drops():
-            self._reason = "the model is in training mode and has dropout; call eval()"
-            return
         try:
+            if self._drops():
+                raise CannotLower("the model is in training mode and has dropout; call eval()")
             self._program = lower(self._model)
         except CannotLower as reason:
             self._reason = str(reason)
+        if self._program is None and is_quantized(self._model) and self._model.embed.weight.device.type == "cpu":
+            raise BackendError(f"int8 weights decode on a CPU by the native program alone, and {self._reason}")
 
     def _drops(self) -> bool:
         config = self._model.config

@@ -10,6 +10,7 @@ from glade.data.tokenizer import Tokenizer
 from glade.errors import CheckpointError, ConfigError
 from glade.model.atomic import whole_folder
 from glade.model.lm import LanguageModel
+from glade.model.quantized import quantize
 
 _UNDERSTOOD = (
     "understood are a glade checkpoint (config.json with model_type glade, and model.safetensors), "
@@ -37,13 +38,19 @@ def load(
         checkpoint: which one of a run folder, as `step-2000` or `last`; default `best`, then `last`
         revision: branch, tag or commit of a hub repository
         device: default the CPU; `auto` takes the accelerator if there is one
-        dtype: of the weights, as `bfloat16`; default the checkpoint's own
+        dtype: of the weights, as `bfloat16`; default the checkpoint's own. `int8`: the checkpoint's own, with every
+            matrix rounded to 8 bits (`glade.model.quantized`)
     Raises:
         CheckpointError: nothing there, or not a glade checkpoint; the message lists what was found.
         ConfigError: an argument that does not fit the source, or a device or dtype that does not exist.
     """
     folder = find_checkpoint(src, checkpoint, revision)
-    model = LanguageModel.from_pretrained(folder, device=find_device(device), dtype=find_dtype(dtype))
+    rounded = dtype in ("int8", torch.int8)
+    model = LanguageModel.from_pretrained(
+        folder, device=find_device(device), dtype=None if rounded else find_dtype(dtype)
+    )
+    if rounded:
+        quantize(model)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > cast(int, model.config.vocab_size):
         raise CheckpointError(

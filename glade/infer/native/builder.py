@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from glade.infer.native.program import Program, StateSlot, Weight
+from glade.infer.native.program import Program, StateSlot, Weight, memory
 from glade.infer.native.records import (
     DTYPES,
     Act,
@@ -25,6 +25,7 @@ from glade.infer.native.records import (
 )
 from glade.model.lm import LanguageModel
 from glade.model.norm import LayerNorm, RMSNorm, RMSNormEpsOutside
+from glade.model.quantized import Int8Weight
 
 _FLOATS = (torch.float32, torch.bfloat16)
 # a place begins a cache line
@@ -109,9 +110,10 @@ class Builder:
             raise CannotLower(
                 f"its weights are {str(x.dtype).removeprefix('torch.')}; float32, bfloat16 and int8 are read"
             )
-        if not x.is_contiguous():
+        if not memory(x).is_contiguous():
             raise CannotLower(f"{name} of a {type(module).__name__} is not contiguous in memory")
-        self._weights.append(Weight(cast("dict[str, Any]", owner), name, x.data_ptr(), x.dtype))
+        held = memory(x)
+        self._weights.append(Weight(cast("dict[str, Any]", owner), name, held.data_ptr(), held.nbytes, held.dtype))
         return x
 
     def vector(self, module: nn.Module, name: str) -> Vector:
@@ -130,6 +132,8 @@ class Builder:
     def parameter_matrix(self, module: nn.Module, name: str, bias: Vector | None = None) -> Matrix:
         x = self.weight(module, name)
         assert x is not None
+        if isinstance(x, Int8Weight):
+            return Matrix(x.values.data_ptr(), DTYPES[torch.int8], x.scales.data_ptr(), bias or Vector(), *x.shape)
         return Matrix(x.data_ptr(), DTYPES[x.dtype], None, bias or Vector(), *x.shape)
 
     def norm(self, module: nn.Module) -> Norm:

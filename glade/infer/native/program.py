@@ -4,6 +4,7 @@ The weights are read where they are, so new values count at once; that they are 
 (`Program.is_current`). The state's tensors are updated in place.
 """
 
+import struct
 from ctypes import addressof, c_int64
 from typing import Any, NamedTuple
 
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from glade.infer.native.records import DTYPES, Instruction, Run, StateTensor, Status
 from glade.model.mixers.attention import MIN_CAPACITY
+from glade.model.quantized import Int8Weight
 from glade.model.state import State
 from glade.ops import native
 from glade.ops.attention import reserve
+
+_HUGE_PAGE_BYTES = 2**21
 
 
 class StateSlot(NamedTuple):
@@ -32,6 +36,7 @@ class Weight(NamedTuple):
     owner: dict[str, Any]
     name: str
     address: int
+    nbytes: int
     dtype: torch.dtype
 
 
@@ -66,6 +71,7 @@ class Program:
         self._constants = constants  # kept because their addresses are in the instructions
         self._workspace = torch.empty(0)
         self._bound: _Bound | None = None
+        _use_huge_pages(weights)
         self._num_layers = num_layers
         self._growing = sorted({slot.layer for slot in slots if slot.shape[0] is None})
         self._run = Run(
@@ -78,9 +84,12 @@ class Program:
 
     def is_current(self) -> bool:
         """Whether the model's weights are where they were when it was lowered. Their values may have changed."""
-        for owner, name, address, dtype in self._weights:
+        for owner, name, address, _, dtype in self._weights:
             x = owner.get(name)
-            if x is None or x.data_ptr() != address or x.dtype is not dtype:
+            if x is None:
+                return False
+            held = memory(x)
+            if held.data_ptr() != address or held.dtype is not dtype:
                 return False
         return all(tuple(modules.values()) == children for modules, children in self._children)
 
@@ -160,6 +169,25 @@ class Program:
                 "positions, so it reads no further. Shorten the text, or use a model with rotary or no positions"
             )
         raise AssertionError(status)
+
+
+def memory(weight: Tensor) -> Tensor:
+    """The tensor that holds a weight's numbers."""
+    return weight.values if isinstance(weight, Int8Weight) else weight
+
+
+def _use_huge_pages(weights: list[Weight]) -> None:
+    """Asks for large pages under the weights, neighbours together."""
+    assert native.LIBRARY is not None
+    ends: list[list[int]] = []
+    for first, end in sorted((weight.address, weight.address + weight.nbytes) for weight in weights):
+        if ends and first - ends[-1][1] < _HUGE_PAGE_BYTES:
+            ends[-1][1] = max(end, ends[-1][1])
+        else:
+            ends.append([first, end])
+    for first, end in ends:
+        if end - first >= _HUGE_PAGE_BYTES:
+            native.LIBRARY.call("glade_use_huge_pages", struct.pack("=2q", first, end))
 
 
 def _checked(state: State, slot: StateSlot) -> Tensor:

@@ -52,8 +52,8 @@ static void run_task(const Run *run, const Instruction *i, long task, Worker *wo
     case EMBED: embed(run, &i->embed, task); return;
     case ROTATION: rotation(run, &i->rotation, task); return;
     case MATMUL: NAME(matmul)(run, i, task, worker); return;
-    case LINEAR_HEADS: worker->normed = -1, NAME(linear_heads)(run, &i->linear, task, worker->memory); return;
-    case ATTENTION_HEADS: worker->normed = -1, NAME(attention_heads)(run, &i->attention, task, worker->memory); return;
+    case LINEAR_HEADS: worker->prepared = -1, NAME(linear_heads)(run, &i->linear, task, worker->memory); return;
+    case ATTENTION_HEADS: worker->prepared = -1, NAME(attention_heads)(run, &i->attention, task, worker->memory); return;
     case NORMALIZE: {
         float *x = place(run, task, i->normalize.place);
         norm_row(x, x, i->normalize.width, &i->normalize.norm);

@@ -34,29 +34,42 @@ size_t NAME(linear_heads_floats)(const LinearHeads *op) {
     return carve(&x, none, op) + NAME(step_floats)(&step);
 }
 
-/* channels first .. first + n of the convolution's answer; the past is moved on by the new input */
+INLINE void put_at(char *data, long at, float x, long dtype) {
+    if (dtype == FLOAT32) memcpy(data + at * 4, &x, 4);
+    else {
+        uint16_t half = bfloat16_of(x);
+        memcpy(data + at * 2, &half, 2);
+    }
+}
+
+/* y = convolution of n channels; the past [n, taps - 1] is moved on by the new input */
+INLINE void convolve_as(float *restrict y, const float *restrict x, const char *restrict weight, char *restrict past,
+                        long n, long taps, long weight_dtype, long past_dtype) {
+    const long kept = taps - 1;
+    for (long c = 0; c < n; c++) {
+        float sum = weight_at(weight, c * taps + kept, weight_dtype) * x[c];
+        for (long j = 0; j < kept; j++) {
+            float before = weight_at(past, c * kept + j, past_dtype);
+            sum += weight_at(weight, c * taps + j, weight_dtype) * before;
+            if (j) put_at(past, c * kept + j - 1, before, past_dtype);
+        }
+        if (kept) put_at(past, c * kept + kept - 1, x[c], past_dtype);
+        y[c] = sum;
+    }
+}
+
+/* channels first .. first + n of a projection */
 static void convolve(float *y, const float *x, long first, long n, const Vector *weight, const StateTensor *state,
                      long row, long taps) {
-    long kept = taps - 1, past = row * state->row + first * kept;
-    for (long c = 0; c < n; c++) {
-        long w = (first + c) * taps, p = past + c * kept;
-        float sum = 0.0f;
-        for (long j = 0; j < kept; j++)
-            sum += weight_at(weight->data, w + j, weight->dtype) * weight_at(state->data, p + j, state->dtype);
-        y[c] = sum + weight_at(weight->data, w + kept, weight->dtype) * x[c];
-    }
-    if (!kept) return;
-    long size = size_of(state->dtype);
-    for (long c = 0; c < n; c++) {
-        char *own = state->data + (past + c * kept) * size;
-        memmove(own, own + size, (kept - 1) * size);
-        char *last = own + (kept - 1) * size;
-        if (state->dtype == FLOAT32) memcpy(last, &x[c], sizeof(float));
-        else {
-            uint16_t half = to_bfloat16(splat(x[c]))[0];
-            memcpy(last, &half, sizeof half);
-        }
-    }
+    const char *w = weight->data + first * taps * size_of(weight->dtype);
+    char *past = state->data + (row * state->row + first * (taps - 1)) * size_of(state->dtype);
+    if (weight->dtype == FLOAT32 && state->dtype == FLOAT32) {
+        if (taps == 4) convolve_as(y, x, w, past, n, 4, FLOAT32, FLOAT32);
+        else convolve_as(y, x, w, past, n, taps, FLOAT32, FLOAT32);
+    } else if (weight->dtype == BFLOAT16 && state->dtype == BFLOAT16) {
+        if (taps == 4) convolve_as(y, x, w, past, n, 4, BFLOAT16, BFLOAT16);
+        else convolve_as(y, x, w, past, n, taps, BFLOAT16, BFLOAT16);
+    } else convolve_as(y, x, w, past, n, taps, weight->dtype, state->dtype);
 }
 
 /* n channels of q, k or v of a head: convolution and activation */
@@ -110,12 +123,12 @@ static void project(float *y, float *inner, const Run *run, const Projected *p, 
         const char *weights = m->data + (first + i) * pitch;
         vec sums;
         if (i + LANES <= n) {
-            if (m->dtype == FLOAT32) sums = tile_sums(weights, &x, m, FLOAT32, LANES, 1);
-            else if (m->dtype == BFLOAT16) sums = tile_sums(weights, &x, m, BFLOAT16, LANES, 1);
-            else sums = tile_sums(weights, &x, m, INT8, LANES, 1);
+            if (m->dtype == FLOAT32) sums = tile_sums(weights, &x, m->columns, FLOAT32, LANES, 1);
+            else if (m->dtype == BFLOAT16) sums = tile_sums(weights, &x, m->columns, BFLOAT16, LANES, 1);
+            else sums = tile_sums(weights, &x, m->columns, INT8, LANES, 1);
         } else {
             float part[LANES] = {0};
-            for (long r = 0; r < n - i; r++) part[r] = tile_sums(weights + r * pitch, &x, m, m->dtype, 1, 1)[0];
+            for (long r = 0; r < n - i; r++) part[r] = tile_sums(weights + r * pitch, &x, m->columns, m->dtype, 1, 1)[0];
             sums = load(part);
         }
         Vector scales = {(const char *)m->scales, FLOAT32};

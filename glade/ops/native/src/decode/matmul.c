@@ -35,34 +35,95 @@ static Block block_of(const Matmul *op, long task) {
     return (Block){part, first, end < m->rows ? end : m->rows};
 }
 
+/* whether the input is wanted in bfloat16: all matrices are that, and the processor multiplies pairs of them */
+static int is_paired(const Matmul *op) {
+    int paired = HAS_PAIRS;
+    for (int i = 0; i < op->num_parts; i++) paired &= op->parts[i].matrix.dtype == BFLOAT16;
+    return paired;
+}
+
+/* floats from one prepared row of the input to the next */
+static long input_pitch(const Matmul *op) {
+    return is_paired(op) ? (op->columns + PAIRED - 1) / PAIRED * PAIRED / 2 : padded(op->columns);
+}
+
 size_t NAME(matmul_floats)(const Run *run, const Matmul *op) {
-    return op->norm.kind == NO_NORM ? 0 : run->num_rows * padded(op->columns);
+    return run->num_rows * input_pitch(op) + padded(op->columns) + PAIRED;
 }
 
-/* where row `row` of the input stands: normed once by each thread that takes tasks of the instruction */
+/* where row `row` of the input stands: prepared once by each thread that takes tasks of the instruction */
 static const float *input_row(const Run *run, const Matmul *op, const Worker *worker, long row) {
-    if (op->norm.kind == NO_NORM) return place(run, row, op->input);
-    return worker->memory + row * padded(op->columns);
+    if (op->norm.kind == NO_NORM && !is_paired(op)) return place(run, row, op->input);
+    return worker->memory + row * input_pitch(op);
 }
 
-static void norm_input(const Run *run, const Instruction *instruction, Worker *worker) {
+/* y [whole lines] = x in bfloat16 */
+static void to_pairs(uint16_t *y, const float *x, long n) {
+    for (long at = 0; at < n; at += LANES) *(hvec_at *)(y + at) = to_bfloat16(row_at(x, at, n));
+    long end = padded(n), whole = (n + PAIRED - 1) / PAIRED * PAIRED;
+    memset(y + end, 0, (whole > end ? whole - end : 0) * sizeof *y);
+}
+
+static void prepare_input(const Run *run, const Instruction *instruction, Worker *worker) {
     const Matmul *op = &instruction->matmul;
-    long number = instruction - run->instructions;
-    if (op->norm.kind == NO_NORM || worker->normed == number) return;
-    worker->normed = number;
-    for (long row = 0; row < run->num_rows; row++)
-        norm_row(worker->memory + row * padded(op->columns), place(run, row, op->input), op->columns, &op->norm);
+    long number = instruction - run->instructions, pitch = input_pitch(op);
+    int paired = is_paired(op), normed = op->norm.kind != NO_NORM;
+    if ((!normed && !paired) || worker->prepared == number) return;
+    worker->prepared = number;
+    float *room = worker->memory + run->num_rows * pitch;
+    for (long row = 0; row < run->num_rows; row++) {
+        const float *x = place(run, row, op->input);
+        float *y = worker->memory + row * pitch;
+        if (normed) norm_row(paired ? room : y, x, op->columns, &op->norm);
+        if (paired) to_pairs((uint16_t *)y, normed ? room : x, op->columns);
+    }
 }
 
-/* sums -> W x + b of `rows` rows of the matrix, lane r * batch + b */
-INLINE vec finished(vec sums, const Matrix *m, long first, int rows, int batch) {
+typedef vec (*TileSums)(const char *weights, const float *const *x, long columns);
+
+#define TILE(dtype, rows, batch)                                                                                   \
+    static __attribute__((noinline)) vec sums_##dtype##_##rows##_##batch(const char *w, const float *const *x, long n) { \
+        return tile_sums(w, x, n, dtype, rows == 1 ? 1 : LANES / batch, batch);                                    \
+    }
+/* `all` rows of a tile, or one */
+#define TILES(dtype, batch) TILE(dtype, all, batch) TILE(dtype, 1, batch)
+#define EACH_BATCH(M, dtype) M(dtype, 1) M(dtype, 2) M(dtype, 4)
+enum { all = 0 };
+EACH_BATCH(TILES, FLOAT32)
+EACH_BATCH(TILES, BFLOAT16)
+EACH_BATCH(TILES, INT8)
+EACH_BATCH(TILES, PAIRS)
+
+#define PAIR(dtype, batch) {sums_##dtype##_all_##batch, sums_##dtype##_1_##batch},
+static const TileSums tiles[4][3][2] = {
+    [FLOAT32] = {EACH_BATCH(PAIR, FLOAT32)},
+    [BFLOAT16] = {EACH_BATCH(PAIR, BFLOAT16)},
+    [INT8] = {EACH_BATCH(PAIR, INT8)},
+    [PAIRS] = {EACH_BATCH(PAIR, PAIRS)},
+};
+
+/* where a tile's answers belong */
+typedef struct {
+    const Run *run;
+    const Matmul *op;
+    int part, rows, batch, paired; /* of the tile */
+    long first, row;       /* its first rows of the matrix and of the batch */
+    int filled;            /* of the tile's rows of the batch: the others repeat the first */
+} Tile;
+
+/* W x + b */
+static vec product(const Tile *t, int part, const float *const *x) {
+    const Matrix *m = &t->op->parts[part].matrix;
+    TileSums sums_of_tile = tiles[t->paired ? PAIRS : m->dtype][t->batch / 2][t->rows == 1];
+    vec sums = sums_of_tile(m->data + t->first * m->columns * size_of(m->dtype), x, m->columns);
     float scale[LANES], bias[LANES] = {0};
     if (m->dtype == INT8) {
-        for (int i = 0; i < LANES; i++) scale[i] = i < rows * batch ? m->scales[first + i / batch] : 0.0f;
+        for (int i = 0; i < LANES; i++) scale[i] = i < t->rows * t->batch ? m->scales[t->first + i / t->batch] : 0.0f;
         sums *= load(scale);
     }
     if (m->bias.data) {
-        for (int i = 0; i < rows * batch; i++) bias[i] = weight_at(m->bias.data, first + i / batch, m->bias.dtype);
+        for (int i = 0; i < t->rows * t->batch; i++)
+            bias[i] = weight_at(m->bias.data, t->first + i / t->batch, m->bias.dtype);
         sums += load(bias);
     }
     return sums;
@@ -77,72 +138,52 @@ INLINE vec activated(vec y, long activation) {
     }
 }
 
-INLINE float *output_at(const Run *run, const Matmul *op, int part, long row, long first) {
-    if (op->target == LOGITS) return run->logits + row * run->vocab_size + first;
-    return place(run, row, op->parts[part].output + first);
+static float *output_at(const Tile *t, int b) {
+    if (t->op->target == LOGITS) return t->run->logits + (t->row + b) * t->run->vocab_size + t->first;
+    return place(t->run, t->row + b, t->op->parts[t->part].output + t->first);
 }
 
-static void put(const Run *run, const Matmul *op, int part, vec y, long first, int rows, long row, int batch,
-                int filled) {
+static void put(const Tile *t, vec y) {
     float out[LANES], before[LANES] = {0};
-    if (op->target == ACCUMULATE) {
-        for (int i = 0; i < rows * batch; i++)
-            if (i % batch < filled) before[i] = *output_at(run, op, part, row + i % batch, first + i / batch);
+    if (t->op->target == ACCUMULATE) {
+        for (int i = 0; i < t->rows * t->batch; i++)
+            if (i % t->batch < t->filled) before[i] = output_at(t, i % t->batch)[i / t->batch];
         y += load(before);
     }
-    store(out, activated(y, op->activation));
-    for (int b = 0; b < filled; b++) {
-        float *to = output_at(run, op, part, row + b, first);
-        for (int r = 0; r < rows; r++) to[r] = op->target == ADD ? to[r] + out[r * batch + b] : out[r * batch + b];
-    }
-}
-
-INLINE vec product(const Matmul *op, int part, long first, const float *const *x, long dtype, int rows, int batch) {
-    const Matrix *m = &op->parts[part].matrix;
-    const char *weights = m->data + first * m->columns * size_of(dtype);
-    return finished(tile_sums(weights, x, m, dtype, rows, batch), m, first, rows, batch);
-}
-
-INLINE void tile(const Run *run, const Matmul *op, const Block *block, long first, const float *const *x, long row,
-                 int filled, long dtype, int rows, int batch) {
-    vec y = product(op, block->part, first, x, dtype, rows, batch);
-    if (op->activation == SWIGLU) y = silu_vec(y) * product(op, 1, first, x, dtype, rows, batch);
-    put(run, op, block->part, y, first, rows, row, batch, filled);
-}
-
-/* a tile's weights are used for all rows of the batch while they are in the nearest cache */
-INLINE void block_rows(const Run *run, const Matmul *op, const Block *block, const Worker *worker, long dtype,
-                       int batch) {
-    const int rows = LANES / batch;
-    for (long first = block->first; first < block->end; first += rows) {
-        for (long row = 0; row < run->num_rows; row += batch) {
-            const float *x[LANES];
-            int filled = run->num_rows - row < batch ? (int)(run->num_rows - row) : batch;
-            for (int b = 0; b < batch; b++) x[b] = input_row(run, op, worker, row + (b < filled ? b : 0));
-            if (first + rows <= block->end) {
-                tile(run, op, block, first, x, row, filled, dtype, rows, batch);
-                continue;
-            }
-            for (long r = first; r < block->end; r++) tile(run, op, block, r, x, row, filled, dtype, 1, batch);
+    store(out, activated(y, t->op->activation));
+    for (int b = 0; b < t->filled; b++) {
+        float *to = output_at(t, b);
+        for (int r = 0; r < t->rows; r++) {
+            float answer = out[r * t->batch + b];
+            to[r] = t->op->target == ADD ? to[r] + answer : answer;
         }
     }
 }
 
-INLINE void block_batch(const Run *run, const Matmul *op, const Block *block, const Worker *worker, long dtype) {
-    long n = run->num_rows;
-    if (n == 1) block_rows(run, op, block, worker, dtype, 1);
-    else if (n == 2 || LANES == 4) block_rows(run, op, block, worker, dtype, 2);
-    else if (n <= 4 || LANES == 8) block_rows(run, op, block, worker, dtype, 4);
-    else block_rows(run, op, block, worker, dtype, LANES / 2);
+static void tile(const Tile *t, const float *const *x) {
+    vec y = product(t, t->part, x);
+    if (t->op->activation == SWIGLU) y = silu_vec(y) * product(t, 1, x);
+    put(t, y);
+}
+
+/* all rows of the batch times some of the matrix, whose weights stay in the nearest cache meanwhile */
+static void tiles_of_batch(Tile *t, const Worker *worker) {
+    long num_rows = t->run->num_rows;
+    for (t->row = 0; t->row < num_rows; t->row += t->batch) {
+        const float *x[MOST_BATCH];
+        t->filled = num_rows - t->row < t->batch ? (int)(num_rows - t->row) : t->batch;
+        for (int b = 0; b < t->batch; b++) x[b] = input_row(t->run, t->op, worker, t->row + (b < t->filled ? b : 0));
+        tile(t, x);
+    }
 }
 
 void NAME(matmul)(const Run *run, const Instruction *instruction, long task, Worker *worker) {
     const Matmul *op = &instruction->matmul;
     Block block = block_of(op, task);
-    norm_input(run, instruction, worker);
-    switch (op->parts[block.part].matrix.dtype) {
-    case FLOAT32: block_batch(run, op, &block, worker, FLOAT32); break;
-    case BFLOAT16: block_batch(run, op, &block, worker, BFLOAT16); break;
-    default: block_batch(run, op, &block, worker, INT8);
-    }
+    prepare_input(run, instruction, worker);
+    int batch = run->num_rows < 3 ? (int)run->num_rows : MOST_BATCH, rows = LANES / batch;
+    Tile t = {.run = run, .op = op, .part = block.part, .rows = rows, .batch = batch, .first = block.first,
+              .paired = is_paired(op)};
+    for (; t.first + rows <= block.end; t.first += rows) tiles_of_batch(&t, worker);
+    for (t.rows = 1; t.first < block.end; t.first++) tiles_of_batch(&t, worker);
 }

@@ -8,16 +8,26 @@
 
 #include "vectors.h"
 
-/* how far ahead of its use a weight is asked for, in tiles */
-#ifndef TILES_AHEAD
-#define TILES_AHEAD 1
+/* rows of the matrix between the weights in use and those asked for */
+#ifndef ROWS_AHEAD
+#define ROWS_AHEAD 16
+#endif
+#if defined(__FMA__) || defined(__aarch64__)
+#define FUSED(x, y, z) __builtin_fmaf(x, y, z)
+#else
+#define FUSED(x, y, z) ((x) * (y) + (z))
 #endif
 
-INLINE vec tile_sums(const char *weights, const float *const *x, const Matrix *m, long dtype, int rows, int batch) {
-    const long size = size_of(dtype), line = 64 / size, columns = m->columns, pitch = columns * size;
-    const char *ahead = weights + TILES_AHEAD * rows * pitch;
-    vec sums[LANES];
-    UNROLL for (int i = 0; i < LANES; i++) sums[i] = splat(0.0f);
+/* rows read abreast: with more, those of a pitch that is a power of two push each other out of the nearest cache */
+#ifndef ROWS_ABREAST
+#define ROWS_ABREAST 8
+#endif
+
+/* sums [rows, batch] += W x, of `rows` rows from `weights` on */
+INLINE void add_products(vec *sums, const char *weights, const float *const *x, long columns, long dtype, int rows,
+                         int batch) {
+    const long size = size_of(dtype), line = 64 / size, pitch = columns * size;
+    const char *ahead = weights + ROWS_AHEAD * pitch;
     long at = 0;
     for (; at + line <= columns; at += line) {
         UNROLL for (int r = 0; r < rows; r++) __builtin_prefetch(ahead + r * pitch + at * size, 0, 2);
@@ -34,15 +44,71 @@ INLINE vec tile_sums(const char *weights, const float *const *x, const Matrix *m
             vec w = weights_at(weights + r * pitch, at, dtype);
             UNROLL for (int b = 0; b < batch; b++) sums[r * batch + b] += w * load(x[b] + at);
         }
-    if (at < columns) {
-        vec inputs[LANES];
-        UNROLL for (int b = 0; b < batch; b++) inputs[b] = row_at(x[b], at, columns);
+}
+
+/* The products of the last columns where their number is no multiple of LANES, one by one: a compiler is free to round a
+ * product before it is added, or not, and must take the same choice in every tile. */
+INLINE vec last_products(const char *weights, const float *const *x, long columns, long dtype, int rows, int batch) {
+    float sums[LANES] = {0};
+    for (long at = columns / LANES * LANES; at < columns; at++)
+        for (int i = 0; i < rows * batch; i++) {
+            float w = weight_at(weights, i / batch * columns + at, dtype);
+            sums[i] = FUSED(w, x[i % batch][at], sums[i]);
+        }
+    return load(sums);
+}
+
+/* dtype PAIRS: BFLOAT16 times rows of x in bfloat16, padded with zeros to whole lines: where the processor has products of pairs,
+ * they do twice the work of widening */
+enum { PAIRS = 3, PAIRED = 32 };
+
+#ifdef BFLOAT16_PAIRS
+enum { HAS_PAIRS = 1 };
+INLINE void add_pairs(vec *sums, const char *weights, const float *const *x, long columns, int rows, int batch) {
+    const long pitch = columns * 2;
+    const char *ahead = weights + ROWS_AHEAD * pitch;
+    for (long at = 0; at < columns; at += PAIRED) {
+        const char *line = weights + at * 2;
+        uint16_t part[LANES][PAIRED];
+        if (at + PAIRED > columns) {
+            for (int r = 0; r < rows; r++) {
+                memset(part[r], 0, sizeof part[r]);
+                memcpy(part[r], line + r * pitch, (columns - at) * 2);
+            }
+        }
         UNROLL for (int r = 0; r < rows; r++) {
-            vec w = weights_upto(weights + r * pitch, at, columns, dtype);
-            UNROLL for (int b = 0; b < batch; b++) sums[r * batch + b] += w * inputs[b];
+            __builtin_prefetch(ahead + r * pitch + at * 2, 0, 2);
+            const void *from = at + PAIRED > columns ? (const void *)part[r] : line + r * pitch;
+            uvec w = *(const uvec_at *)from;
+            UNROLL for (int b = 0; b < batch; b++)
+                sums[r * batch + b] = add_pair_products(sums[r * batch + b], w, *(const uvec_at *)(x[b] + at / 2));
         }
     }
-    return sums_of(sums);
+}
+#else
+enum { HAS_PAIRS = 0 };
+INLINE void add_pairs(vec *sums, const char *weights, const float *const *x, long columns, int rows, int batch) {
+    (void)sums, (void)weights, (void)x, (void)columns, (void)rows, (void)batch;
+}
+#endif
+
+/* The shapes of a tile; one row where fewer than a tile's are left. With more rows of x than these it is read again, from
+ * the nearest cache. */
+enum { MOST_BATCH = LANES / 2 < 4 ? LANES / 2 : 4 };
+
+/* lane r * batch + b: row r of W times row b of x */
+INLINE vec tile_sums(const char *weights, const float *const *x, long columns, long dtype, int rows, int batch) {
+    vec sums[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) sums[i] = splat(0.0f);
+    const int abreast = rows < ROWS_ABREAST ? rows : ROWS_ABREAST;
+    UNROLL for (int r = 0; r < rows; r += abreast) {
+        const char *first = weights + r * columns * size_of(dtype);
+        if (dtype == PAIRS) add_pairs(sums + r * batch, first, x, columns, abreast, batch);
+        else add_products(sums + r * batch, first, x, columns, dtype, abreast, batch);
+    }
+    vec total = sums_of(sums);
+    if (dtype != PAIRS && columns % LANES) total += last_products(weights, x, columns, dtype, rows, batch);
+    return total;
 }
 
 #endif

@@ -167,7 +167,7 @@ static inline float *place(const Run *run, long row, long offset) {
 /* A thread at work on a run. */
 typedef struct {
     float *memory;
-    long normed; /* the instruction whose normed input stands at the start of `memory`, or -1 */
+    long prepared; /* the instruction whose input, normed or rounded, stands at the start of `memory`, or -1 */
 } Worker;
 
 /* What a build for one instruction set offers. */

@@ -7,15 +7,30 @@
 
 #include <math.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 typedef int8_t bvec_at __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-INLINE long size_of(long dtype) { return dtype == FLOAT32 ? 4 : dtype == BFLOAT16 ? 2 : 1; }
+INLINE long size_of(long dtype) { return dtype == FLOAT32 ? 4 : dtype == INT8 ? 1 : 2; }
+
+/* the one place with instructions of a processor: GCC 12 widens bytes one by one */
+INLINE vec widen_bytes(const char *data) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)data)));
+#elif LANES == 8 && defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)data)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const bvec_at *)data, ivec), vec);
+#endif
+}
 
 /* LANES weights from element `at` on */
 INLINE vec weights_at(const char *data, long at, long dtype) {
     if (dtype == FLOAT32) return load((const float *)data + at);
     if (dtype == BFLOAT16) return from_bfloat16(*(const hvec_at *)((const uint16_t *)data + at));
-    return __builtin_convertvector(__builtin_convertvector(*(const bvec_at *)(data + at), ivec), vec);
+    return widen_bytes(data + at);
 }
 
 INLINE float weight_at(const char *data, long at, long dtype) {
@@ -25,6 +40,14 @@ INLINE float weight_at(const char *data, long at, long dtype) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+
+/* to nearest, ties to even */
+INLINE uint16_t bfloat16_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 /* the same, zeros from `end` on */
