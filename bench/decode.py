@@ -160,7 +160,7 @@ def report(
 
 def flat(model: LanguageModel, batch: int, tokens: int) -> None:
     """Requests of 200 new tokens, one after the other in every slot, until `tokens` are generated."""
-    engine = Engine(model, max_batch=batch, max_waiting=batch, cache_bytes=2**24)
+    engine = Engine(model, max_batch=batch, max_waiting=batch, cache_bytes=2**21)
     served = 0
     marks = [tokens * i // 10 for i in range(1, 11)]
     while marks:
