@@ -6,7 +6,7 @@ Knows tokenizers, but neither models nor how a token is drawn: `generate`, `chat
 import json
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -108,6 +108,16 @@ class AnswerText:
         while self._waiting and (self._waiting[0].start < self._shown or (ended and not stopped)):
             tokens.append(self._waiting.popleft())
         return tuple(tokens)
+
+
+def plain_conversation(messages: Sequence[Mapping[str, str]]) -> str:
+    """What a model without a chat template reads of a conversation: all that was said, a line end before each turn of
+    the user's but the first.
+    """
+    text = ""
+    for message in messages:
+        text += ("\n" if text and message["role"] == "user" else "") + message["content"]
+    return text
 
 
 class TokenBytes:

@@ -60,6 +60,7 @@ class Answers:
         self._texts = {i: AnswerText(served.tokenizer, task.params.stop) for i in range(len(task.prompts) * task.num)}
         self._begun: set[int] = set()
         self._tickets: list[Ticket] = []
+        self.cancelled = False
         first = secrets.randbits(62) if task.params.seed is None else task.params.seed
         stop_ids = frozenset[int]() if task.ignore_eos else frozenset([served.tokenizer.eos_id])
         try:
@@ -73,7 +74,8 @@ class Answers:
             raise
 
     def cancel(self) -> None:
-        """Give back what the engine still holds for this task."""
+        """Give back what the engine still holds for this task; the parts then end."""
+        self.cancelled = True
         for ticket in self._tickets:
             ticket.cancel()
 
@@ -93,6 +95,8 @@ class Answers:
             while self._texts:
                 async with asyncio.timeout_at(self._deadline):
                     choice, delta = await self._deltas.get()
+                if self.cancelled and delta.finished == "cancelled":
+                    return
                 if choice in self._texts:
                     yield Part(choice, self._read(choice, delta))
         finally:

@@ -197,6 +197,11 @@ def create_app(models: Mapping[str, Served], settings: ServeSettings) -> ASGIApp
     app.add_exception_handler(GladeError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _broken)
+    if settings.ui:
+        # a slow import, and one that a server without the page does without
+        from glade.serve.ui import mount
+
+        mount(app, models, settings)
     return Guard(app, settings, api.metrics)
 
 

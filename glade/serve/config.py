@@ -1,6 +1,7 @@
 """What can be asked of `glade serve`. Imports no torch, so that `glade serve --help` answers at once."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from glade.config import REQUIRED, setting
 from glade.errors import ConfigError
@@ -12,8 +13,10 @@ class ServeSettings:
     """Where the server listens, who may ask, and how much: section `serve`."""
 
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every network: set api_key then")
-    port: int = setting(7860, "port; 0 takes a free one")
+    port: int = setting(7860, "port of the API and of the page; 0 takes a free one")
     deterministic: bool = setting(False, "every step runs at one batch size, so that neighbours change no bit")
+    ui: bool = setting(True, "the web page at /, beside the API")
+    votes: Path = setting(Path("votes.jsonl"), "file that the page's votes are added to")
     api_key: str | None = setting(None, "asked of every request but /health; a yaml file keeps it out of `ps`")
     allowed_hosts: tuple[str, ...] = setting(
         (), "names clients may call this server by; none: only local ones if host is"

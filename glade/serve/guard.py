@@ -16,6 +16,18 @@ from glade.serve.refusal import Refusal
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
+# what the page in the browser asks for; Gradio offers more (uploads, files, proxies), which nobody here needs
+_PAGE_FILES = ("/ui/", "/ui/config", "/ui/theme.css", "/ui/favicon.ico", "/ui/gradio_api/startup-events")
+_PAGE_PATHS = (
+    "/ui/assets/",
+    "/ui/static/",
+    "/ui/svelte/",
+    "/ui/gradio_api/queue/",
+    "/ui/gradio_api/heartbeat/",
+    "/ui/gradio_api/reset",
+    "/ui/gradio_api/cancel",
+)
+
 
 class Guard:
     """Refuses, in OpenAI's form, what is not to reach `app`: a wrong host or key, a body too long or too slow.
@@ -56,6 +68,11 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        path = scope["path"]
+        if path.startswith("/ui/") and not path.startswith(_PAGE_PATHS) and path not in _PAGE_FILES:
+            raise Refusal(404, f"there is nothing at {path[:200]}")
+        if scope["method"] == "POST" and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            raise Refusal(403, "a page of another site may not use this server", code="cross_site")
         if self.hosts and _name(headers.get("host", "")) not in self.hosts:
             raise Refusal(
                 403,
@@ -63,8 +80,8 @@ class Guard:
                 "serve.allowed_hosts names others",
                 code="host_not_allowed",
             )
-        if self.key is not None and scope["path"] != "/health":
-            self._check_key(headers.get("authorization", ""), scope["path"])
+        if self.key is not None and path != "/health":
+            self._check_key(headers.get("authorization", ""), path)
 
     def _check_key(self, authorization: str, path: str) -> None:
         scheme, _, credentials = authorization.partition(" ")

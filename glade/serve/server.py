@@ -30,7 +30,7 @@ def run(config: ServeConfig) -> None:
                 f"glade serve: anybody who reaches {settings.host} can use this server; set serve.api_key",
                 file=sys.stderr,
             )
-        print(address(listener), flush=True)
+        print(address(settings, listener), flush=True)
         try:
             make_server(create_app(models, settings), settings).run(sockets=[listener])
         except KeyboardInterrupt:
@@ -69,11 +69,12 @@ def make_server(app: ASGIApp, settings: ServeSettings) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def address(listener: socket.socket) -> str:
+def address(settings: ServeSettings, listener: socket.socket) -> str:
     """Where to find it, to be read by people."""
     host, port = listener.getsockname()[:2]
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
-    return f"API http://{shown}:{port}/v1   (Ctrl-C stops)"
+    page = f"page http://{shown}:{port}/   " if settings.ui else ""
+    return f"{page}API http://{shown}:{port}/v1   (Ctrl-C stops)"
 
 
 def _line(served: Served) -> str:

@@ -1,5 +1,6 @@
 """Servers on loopback with tiny models: what the tests of this folder talk to."""
 
+import shutil
 import string
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from openai import OpenAI
+from playwright.sync_api import sync_playwright
 
 from glade.data.tokenizer import Tokenizer
 from glade.model.config import ModelConfig
@@ -80,7 +82,7 @@ def served(name: str, model: LanguageModel, folder: Path, settings: ServeSetting
 @contextmanager
 def running(folder: Path, *, models: dict[str, LanguageModel] | None = None, **settings: Any) -> Iterator[Running]:
     """A server with the given settings until the block ends; default: `base`, and `chat` with a chat template."""
-    chosen = ServeSettings(**({"port": 0, "shutdown_seconds": 1.0} | settings))
+    chosen = ServeSettings(**({"port": 0, "ui": False, "shutdown_seconds": 1.0} | settings))
     given = models or {"base": tiny_model(), "chat": tiny_model(TEMPLATE)}
     ready = {name: served(name, model, folder, chosen) for name, model in given.items()}
     with listen(chosen) as listener:
@@ -108,6 +110,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def start(tmp_path: Path) -> Callable[..., AbstractContextManager[Running]]:
     """`running` for tests that need settings or models of their own."""
     return partial(running, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def session_start() -> Callable[..., AbstractContextManager[Running]]:
+    """`running`, for servers that several tests share."""
+    return running
+
+
+@pytest.fixture
+def chromium() -> Iterator[Any]:
+    """A headless Chromium of this machine; tests that need one are skipped where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"needs Chromium on this machine: none of {', '.join(names)} is on the path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
