@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from glade.model.config import ModelConfig
 from glade.model.ffn import make_ffn
+from glade.model.mixer import matmul_dtype
 from glade.model.mixers import make_mixer
 from glade.model.norm import make_norm
 
@@ -37,7 +38,7 @@ class Block(nn.Module):
 
         With `only_read` the state is all that is wanted: x is returned as it came, and there is no load to balance.
         """
-        y, state = self.mixer(self.mixer_norm(x) if self.pre else x, state, cu_seqlens, return_state=return_state)
+        y, state = self.mixer(self._before(x, self.mixer_norm), state, cu_seqlens, return_state=return_state)
         if only_read:
             return x, state, None
         x, load_balance = self._feed_forward(self._add(x, y, self.mixer_norm))
@@ -45,14 +46,18 @@ class Block(nn.Module):
 
     def step_(self, x: Tensor, state: Any, slots: Tensor | None) -> tuple[Tensor, Any]:
         """x [B, D] -> x and the mixer's state, updated in place where it could be."""
-        y, state = self.mixer.step_(self.mixer_norm(x) if self.pre else x, state, slots)
+        y, state = self.mixer.step_(self._before(x, self.mixer_norm), state, slots)
         return self._feed_forward(self._add(x, y, self.mixer_norm))[0], state
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.ffn is None or self.ffn_norm is None:
             return x, None
-        y, load_balance = self.ffn(self.ffn_norm(x) if self.pre else x)
+        y, load_balance = self.ffn(self._before(x, self.ffn_norm))
         return self._add(x, y, self.ffn_norm), load_balance
+
+    def _before(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What a mixer or a network reads, in the dtype of its matrix products."""
+        return norm(x, dtype=matmul_dtype(x)) if self.pre else x
 
     def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
         x = x + self.dropout(y)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glade.model.config import ModelConfig
-from glade.model.mixer import matmul_flops
+from glade.model.mixer import joint, matmul_flops
+from glade.ops import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -21,7 +22,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.down(F.silu(self.gate(x)) * self.up(x)), None
+        return self.down(swiglu(joint(x, (self.gate, self.up))[0])), None
 
     def flops_per_token(self) -> int:
         return matmul_flops(self)

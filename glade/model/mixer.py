@@ -8,10 +8,11 @@ through. `step_`, the decode step, owns the state it is given and updates its te
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -76,11 +77,48 @@ class KeepsFloat32:
         return module
 
 
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear map would read `x`: that of autocast where it is on (it leaves fp64 alone)."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def joint(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
+    """The answers to x of the maps of each group, side by side, from one matrix product for all.
+
+    So x is read once, its gradient is one product too, and what one op reads (q, k and v of a convolution) comes as one
+    tensor. The weights are laid end to end for it; a single token a row, x [B, D], costs less than that, and an adapted
+    map has a forward of its own: these are applied one by one.
+    """
+    maps = [m for group in groups for m in group]
+    if x.dim() < 3 or any(type(m) is not nn.Linear for m in maps):
+        return [torch.cat([m(x) for m in group], -1) if len(group) > 1 else group[0](x) for group in groups]
+    bias = None
+    if any(m.bias is not None for m in maps):
+        bias = torch.cat([m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in maps])
+    y = F.linear(x, torch.cat([m.weight for m in maps]), bias)
+    return list(y.split([sum(m.out_features for m in group) for group in groups], -1))
+
+
 def projection(dim: int, out: int, *, rank: int = 0, bias: bool = False, inner_bias: bool = False) -> nn.Module:
     """A linear map dim -> out, of full rank (0), or as the two factors `.0` and `.1`; `bias` is on the last."""
     if rank == 0:
         return nn.Linear(dim, out, bias=bias)
     return nn.Sequential(nn.Linear(dim, rank, bias=inner_bias), nn.Linear(rank, out, bias=bias))
+
+
+def first_map(module: nn.Module) -> nn.Linear:
+    """What a `projection` does to x first: it may be joined with others that read x."""
+    first = module[0] if isinstance(module, nn.Sequential) else module
+    assert isinstance(first, nn.Linear)
+    return first
+
+
+def second_map(module: nn.Module, z: Tensor) -> Tensor:
+    """What a `projection` does to the answer `z` of its first map."""
+    return module[1](z) if isinstance(module, nn.Sequential) else z
 
 
 def matmul_flops(module: nn.Module) -> int:

@@ -1,9 +1,13 @@
-"""The norms: of the residual stream, of a head's output, of q and k. Always computed in fp32 (fp64 for fp64 inputs)."""
+"""The norms: of the residual stream, of a head's output, of q and k. Always computed in fp32 (fp64 for fp64 inputs).
+
+Each answers in x's dtype, or in the one it is told: what a matrix product reads next needs no pass of its own then.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glade.ops import rms_norm
 from glade.ops.short_conv import L2_NORM_EPS
 
 
@@ -20,9 +24,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = upcast(x)
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -31,10 +34,10 @@ class RMSNorm(nn.Module):
 class RMSNormEpsOutside(RMSNorm):
     """weight * x / (sqrt(mean(x^2)) + eps): eps outside the root, as some published checkpoints have it."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         wide = upcast(x)
         rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
-        return (self.weight.to(wide.dtype) * wide / (rms + self.eps)).to(x.dtype)
+        return (self.weight.to(wide.dtype) * wide / (rms + self.eps)).to(dtype or x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -50,11 +53,11 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         wide = upcast(x)
         weight = None if self.weight is None else self.weight.to(wide.dtype)
         bias = None if self.bias is None else self.bias.to(wide.dtype)
-        return F.layer_norm(wide, (self.dim,), weight, bias, self.eps).to(x.dtype)
+        return F.layer_norm(wide, (self.dim,), weight, bias, self.eps).to(dtype or x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"

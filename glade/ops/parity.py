@@ -4,7 +4,7 @@ The tests cover far more; this is what a user can run in seconds where it matter
 Linear attention has its own cases (`glade.ops.linear_attention.parity`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,15 +13,22 @@ from torch import Tensor
 from glade.errors import BackendError
 from glade.ops.attention import BACKENDS as ATTENTION_BACKENDS
 from glade.ops.attention import attention
+from glade.ops.backends import Backend, choose
 from glade.ops.cross_entropy import linear_cross_entropy
 from glade.ops.cross_entropy import reference as cross_entropy_reference
 from glade.ops.linear_attention import available_backends
 from glade.ops.linear_attention import parity as linear
 from glade.ops.linear_attention.dispatch import backend_for
+from glade.ops.log_decay import BACKENDS as LOG_DECAY_BACKENDS
+from glade.ops.log_decay import log_decay
+from glade.ops.rms_norm import BACKENDS as RMS_NORM_BACKENDS
+from glade.ops.rms_norm import rms_norm
 from glade.ops.rnn import reference as rnn_reference
 from glade.ops.rnn import rnn
 from glade.ops.short_conv import BACKENDS as SHORT_CONV_BACKENDS
 from glade.ops.short_conv import short_conv
+from glade.ops.swiglu import BACKENDS as SWIGLU_BACKENDS
+from glade.ops.swiglu import swiglu
 from glade.ops.tolerances import TOLERANCES, relative_error
 
 
@@ -41,6 +48,7 @@ class _Case(NamedTuple):
 
     by_backend: dict[str, Callable[..., Tensor]]
     leaves: Sequence[Tensor]
+    automatic: str = "torch"
 
 
 def measure(device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[Parity]:
@@ -48,7 +56,7 @@ def measure(device: torch.device, dtype: torch.dtype = torch.float32) -> Iterato
     names = [name for name in available_backends(device, dtype) if name != "reference"]
     for backend in names:
         yield _linear_attention(backend, device, dtype, automatic=backend == names[0])
-    for op, case in _cases().items():
+    for op, case in _cases(device, dtype).items():
         for backend in case.by_backend:
             if backend != "reference":
                 yield _plain(op, case, backend, device, dtype)
@@ -69,7 +77,7 @@ def _linear_attention(backend: str, device: torch.device, dtype: torch.dtype, au
     return Parity("linear_attention", backend, automatic, values, gradients, within)
 
 
-def _cases() -> dict[str, _Case]:
+def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, _Case]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -77,12 +85,37 @@ def _cases() -> dict[str, _Case]:
 
     targets = torch.randint(0, 40, (2, 30), generator=generator)
     return {
-        "short_conv": _Case(
-            {
-                name: lambda x, w, name=name: short_conv(x, w, l2norm_heads=4, backend=name)[0]
-                for name in SHORT_CONV_BACKENDS
-            },
+        "short_conv": _tabled(
+            "short_conv",
+            SHORT_CONV_BACKENDS,
+            lambda x, w, backend: short_conv(x, w, l2norm_heads=4, backend=backend)[0],
             (normal(2, 50, 16), normal(16, 4)),
+            device,
+            dtype,
+        ),
+        "rms_norm": _tabled(
+            "rms_norm",
+            RMS_NORM_BACKENDS,
+            lambda x, w, gate, backend: rms_norm(x, w, eps=1e-5, gate=gate, backend=backend),
+            (normal(2, 50, 4, 24), normal(24), normal(2, 50, 4, 24)),
+            device,
+            dtype,
+        ),
+        "log_decay": _tabled(
+            "log_decay",
+            LOG_DECAY_BACKENDS,
+            lambda z, rate, bias, backend: log_decay(z, rate=rate, bias=bias, backend=backend),
+            (4 * normal(2, 50, 24), normal(24).exp(), normal(24)),
+            device,
+            dtype,
+        ),
+        "swiglu": _tabled(
+            "swiglu",
+            SWIGLU_BACKENDS,
+            lambda x, backend: swiglu(x, backend=backend),
+            (3 * normal(2, 50, 48),),
+            device,
+            dtype,
         ),
         "attention": _Case(
             {
@@ -110,6 +143,20 @@ def _cases() -> dict[str, _Case]:
     }
 
 
+def _tabled(
+    op: str,
+    table: Mapping[str, Backend],
+    run: Callable[..., Tensor],
+    leaves: Sequence[Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _Case:
+    """A case of an op with a table of backends: those that serve this device and dtype."""
+    able = [name for name, row in table.items() if row.refuses(device, dtype) is None]
+    by_backend = {name: lambda *x, name=name: run(*x, backend=name) for name in able}
+    return _Case(by_backend, leaves, choose(op, table, "auto", device, dtype))
+
+
 def _plain(op: str, case: _Case, backend: str, device: torch.device, dtype: torch.dtype) -> Parity:
     rounded = [x.to(device=device, dtype=dtype) for x in case.leaves]
     exact = _with_gradients(case.by_backend["reference"], [x.double() for x in rounded])
@@ -117,7 +164,7 @@ def _plain(op: str, case: _Case, backend: str, device: torch.device, dtype: torc
     errors = [relative_error(x, y) for x, y in zip(found, exact, strict=True)]
     tolerance = TOLERANCES[dtype]
     within = errors[0] <= tolerance.value and max(errors[1:]) <= tolerance.gradient
-    return Parity(op, backend, backend == "torch", errors[0], max(errors[1:]), within)
+    return Parity(op, backend, backend == case.automatic, errors[0], max(errors[1:]), within)
 
 
 def _with_gradients(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glade.model import LanguageModel
-from glade.model.mixers.linear import Linear
+from glade.model.mixer import Mixer, joint
+from glade.model.mixers.linear import Gates, Linear
 from glade.model.published import LinearOptions
 
 LINEAR_CASES = [
@@ -26,6 +27,11 @@ def test_a_linear_mixer_is_its_published_equation(name: str, build: Callable[...
     x = torch.randn(2, 11, 32, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(mixer(x)[0], published(mixer, x, name), rtol=0, atol=1e-11)
+
+
+def gates_of(mixer: Mixer, x: Tensor, k: Tensor) -> Gates:
+    assert isinstance(mixer, Linear)
+    return mixer.gates(joint(x, *mixer.gate_maps()), k)
 
 
 def published(mixer: Linear, x: Tensor, name: str) -> Tensor:
@@ -160,8 +166,8 @@ def test_the_temperature_inside_the_sigmoid_forgets_at_once_and_outside_does_not
         for parameter in mixer.decay_proj.parameters():  # type: ignore[union-attr]
             torch.nn.init.zeros_(parameter)
     x, k = torch.randn(1, 3, 32), torch.randn(1, 3, 2, 8)
-    torch.testing.assert_close(inside.gates(x, k).g.exp().mean(), torch.tensor(0.5))  # type: ignore[union-attr]
-    assert outside.gates(x, k).g.exp().mean() > 0.95  # type: ignore[union-attr]
+    torch.testing.assert_close(gates_of(inside, x, k).g.exp().mean(), torch.tensor(0.5))  # type: ignore[union-attr]
+    assert gates_of(outside, x, k).g.exp().mean() > 0.95  # type: ignore[union-attr]
 
 
 def test_the_kaczmarz_step_moves_the_answer_at_k_the_fraction_eta_whatever_the_length_of_k(
@@ -171,7 +177,8 @@ def test_the_kaczmarz_step_moves_the_answer_at_k_the_fraction_eta_whatever_the_l
     mixer = next(build("delta kaczmarz", torch.float64).blocks()).mixer
     x, k = torch.randn(1, 1, 32, dtype=torch.float64), torch.randn(1, 1, 2, 8, dtype=torch.float64)
     for length in (1e-1, 1.0, 30.0):
-        erase = mixer.gates(x, length * k).erase  # type: ignore[union-attr]
+        erase = gates_of(mixer, x, length * k).erase
+        assert erase is not None
         moved = erase.unflatten(-1, (2, 2)) * (length * k).square().sum(-1, keepdim=True)
         eta = torch.sigmoid(mixer.eta_proj(x)).unflatten(-1, (2, 2))  # type: ignore[union-attr]
         torch.testing.assert_close(moved, eta, rtol=1e-4, atol=0)  # eps is 1e-6 of |k|^2

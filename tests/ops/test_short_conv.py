@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glade.errors import BackendError
-from glade.ops.short_conv import BACKENDS, short_conv, short_conv_step_
+from glade.ops.short_conv import BACKENDS as EVERYWHERE
+from glade.ops.short_conv import short_conv, short_conv_step_
 from glade.ops.tolerances import TOLERANCES, relative_error
 
+BACKENDS = {n: b for n, b in EVERYWHERE.items() if b.refuses(torch.device("cpu"), torch.float32) is None}
 FAST = sorted(set(BACKENDS) - {"reference"})
+# those that compute in fp64
+EXACT = [name for name in FAST if BACKENDS[name].refuses(torch.device("cpu"), torch.float64) is None]
 
 
 def inputs(B: int, T: int, D: int, W: int, num_states: int, dtype=torch.float32) -> dict[str, Tensor]:
@@ -49,6 +53,31 @@ def test_values_and_gradients_match_the_fp64_reference(backend, activation, head
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("T", "heads", "unit"), [(5, 2, 8), (300, 3, 12), (1, 1, 5), (9, 2, 0)])
+def test_the_norm_may_stop_at_a_channel(backend, T, heads, unit) -> None:
+    """Queries, keys and values in one call: only the first channels become unit heads."""
+    tensors = inputs(2, T, 21, 4, 2)
+    how = {"l2norm_heads": heads, "l2norm_channels": unit}
+    exact = outputs_and_gradients({n: t.double() for n, t in tensors.items()}, backend="reference", **how)
+    for found, right in zip(outputs_and_gradients(tensors, backend=backend, **how), exact, strict=True):
+        assert relative_error(found, right) <= TOLERANCES[torch.float32].gradient
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    tensors = inputs(3, 400, 40, 4, 3)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(outputs_and_gradients(tensors, backend="cpu", l2norm_heads=4))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("lengths", [[5, 0, 1, 2, 3, 0, 11], [0], [1, 1, 1], [0, 0], [9], [0, 4, 0]])
 def test_packed_documents_match_the_fp64_reference(backend, lengths) -> None:
     tensors = inputs(1, sum(lengths), 6, 4, len(lengths))
@@ -69,7 +98,7 @@ def test_written_out_by_hand(backend) -> None:
     assert y.flatten().tolist() == [71.0, 12.0, 23.0]
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("lengths", [None, [4, 0, 1, 2]])
 def test_gradcheck(backend, lengths) -> None:
     packed = lengths is not None
@@ -86,7 +115,7 @@ def test_gradcheck(backend, lengths) -> None:
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6), W=st.integers(1, 8))
 def test_packed_equals_separate(backend, lengths, W) -> None:
-    tensors = inputs(1, sum(lengths), 4, W, len(lengths), torch.float64)
+    tensors = inputs(1, sum(lengths), 4, W, len(lengths))
     y, state = short_conv(**tensors, cu_seqlens=borders(lengths), backend=backend)
     start = 0
     for i in range(len(lengths)):
@@ -100,7 +129,7 @@ def test_packed_equals_separate(backend, lengths, W) -> None:
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 @pytest.mark.parametrize("middle", [0, 1, 2, 8, 16, 17])
 def test_two_halves_equal_the_whole(backend, middle) -> None:
-    tensors = inputs(2, 17, 6, 4, 2, torch.float64)
+    tensors = inputs(2, 17, 6, 4, 2)
     x = tensors.pop("x")
     y, state = short_conv(x, **tensors, backend=backend)
     y1, handed_over = short_conv(x[:, :middle], **tensors, backend=backend)
@@ -213,8 +242,9 @@ def test_compiles_without_a_graph_break(lengths) -> None:
 def test_custom_op_contract(given_state) -> None:
     tensors = inputs(1, 6, 4, 4, 2)
     state = tensors["state"].requires_grad_() if given_state else None
-    arguments = (tensors["x"].requires_grad_(), tensors["weight"], None, state, borders([2, 4]), "silu", 2)
-    torch.library.opcheck(torch.ops.glade.short_conv.default, arguments)
+    arguments = (tensors["x"].requires_grad_(), tensors["weight"], None, state, borders([2, 4]), "silu", 2, 4)
+    for op in (torch.ops.glade.short_conv.default, torch.ops.glade.short_conv_cpu.default):
+        torch.library.opcheck(op, arguments)
 
 
 def test_without_bias_or_state() -> None:
@@ -263,6 +293,8 @@ def test_steps_equal_the_whole(W, slots) -> None:
         ({"bias": torch.zeros(3)}, r"bias has shape \[3\]; give \[4\]"),
         ({"activation": "gelu"}, "activation is 'gelu'"),
         ({"l2norm_heads": 3}, "l2norm_heads is 3"),
+        ({"l2norm_heads": 1, "l2norm_channels": 5}, "l2norm_channels is 5; give 0 to 4"),
+        ({"l2norm_channels": 2}, "l2norm_channels is 2 without l2norm_heads"),
         ({"state": torch.zeros(2, 4, 4)}, r"shape \[2, 4, 4\]; give floating-point \[2, 4, 3\]"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "the batch is 2"),
         ({"x": torch.zeros(1, 5, 4), "cu_seqlens": torch.tensor([0, 4])}, "from 0 to 4"),
@@ -276,8 +308,13 @@ def test_errors_say_what_was_given(change, message) -> None:
 
 
 def test_an_unknown_backend_names_those_there_are() -> None:
-    with pytest.raises(BackendError, match=r"no backend 'fast'.*'reference', 'torch'"):
+    with pytest.raises(BackendError, match=r"no backend 'fast'.*'cpu', 'reference', 'torch'"):
         short_conv(torch.zeros(1, 2, 4), torch.zeros(4, 4), backend="fast")
+
+
+def test_a_backend_that_cannot_serve_names_those_that_can() -> None:
+    with pytest.raises(BackendError, match=r"'cpu' of short_conv serves fp32 and bf16.*Use 'torch' or 'reference'"):
+        short_conv(torch.zeros(1, 2, 4).double(), torch.zeros(4, 4).double(), backend="cpu")
 
 
 def test_step_refuses_slots_of_the_wrong_shape() -> None:

@@ -5,23 +5,26 @@
 Sources: arXiv:2307.08621 (RetNet, its decay; the rotation of q and k is left out), 2312.06635 (GLA).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from glade.model.mixer import projection
+from glade.model.mixer import first_map, projection, second_map
 from glade.model.mixers.linear import Gates, Linear
 from glade.model.norm import upcast
 from glade.model.published import LinearOptions
+from glade.ops import log_decay
 
 
 class RetNet(Linear):
     """g = log(1 - 2^(-5-h)) for head h: constant, no parameters."""
 
-    def gates(self, x: Tensor, k: Tensor) -> Gates:
-        head = torch.arange(self.options.num_v_heads, device=x.device, dtype=upcast(x).dtype)
+    def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
+        head = torch.arange(self.options.num_v_heads, device=k.device, dtype=upcast(k).dtype)
         g = torch.log1p(-torch.exp2(-5 - head))
-        return Gates(g.expand(*x.shape[:-1], -1))
+        return Gates(g.expand(*k.shape[:-2], -1))
 
 
 class GLA(Linear):
@@ -36,12 +39,15 @@ class GLA(Linear):
         self.inside = options.gate_form == "sigmoid_temperature"
         self.decay_proj = projection(dim, self.key_dim, rank=options.gate_rank, bias=True, inner_bias=self.inside)
 
-    def gates(self, x: Tensor, k: Tensor) -> Gates:
+    def gate_maps(self) -> Sequence[Sequence[nn.Linear]]:
+        return ((first_map(self.decay_proj),),)
+
+    def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
         n = self.options.gate_normalizer
-        if self.inside and self.options.gate_rank:
-            first, second = self.decay_proj.children()
-            z = upcast(second(F.silu(first(x))))
+        if self.inside:
+            between = F.silu(z[0]) if self.options.gate_rank else z[0]
+            g = F.logsigmoid(upcast(second_map(self.decay_proj, between)) / n)
         else:
-            z = upcast(self.decay_proj(x))
-        g = F.logsigmoid(z / n) if self.inside else F.logsigmoid(z) / n
+            rate = k.new_full((self.key_dim,), 1 / n, dtype=upcast(k).dtype)
+            g = log_decay(second_map(self.decay_proj, z[0]), rate=rate, form="logsigmoid")
         return Gates(self._over_value_heads(g.unflatten(-1, (self.options.num_heads, -1))))

@@ -17,15 +17,16 @@ Sources: arXiv:2406.06484 (DeltaNet), 2412.06464 (GDN), 2510.26692 (KDA), 2605.2
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glade.model.mixer import KeepsFloat32, projection
+from glade.model.mixer import KeepsFloat32, first_map, projection, second_map
 from glade.model.mixers.linear import Gates, Linear
 from glade.model.norm import upcast
 from glade.model.published import LinearOptions
+from glade.ops import log_decay
 
 
 class Delta(Linear):
@@ -40,17 +41,20 @@ class Delta(Linear):
         else:
             self.beta_proj = nn.Linear(dim, options.num_v_heads, bias=False)
 
-    def gates(self, x: Tensor, k: Tensor) -> Gates:
-        beta = self.beta(x, k)
+    def gate_maps(self) -> Sequence[Sequence[nn.Linear]]:
+        return ((self.eta_proj if self.options.kaczmarz else self.beta_proj,),)
+
+    def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
+        beta = self.beta(z[0], k)
         return Gates(None, beta, beta)
 
-    def beta(self, x: Tensor, k: Tensor) -> Tensor:
+    def beta(self, z: Tensor, k: Tensor) -> Tensor:
         """[..., HV], one scalar a value head."""
         if self.options.kaczmarz:
-            beta = kaczmarz_step(self.eta_proj(x), k, self.options)
+            beta = kaczmarz_step(z, k, self.options)
             beta = beta.clamp(0, 1) if self.options.kaczmarz_clip else beta
         else:
-            beta = torch.sigmoid(upcast(self.beta_proj(x)))
+            beta = torch.sigmoid(upcast(z))
         return 2 * beta if self.options.allow_neg_eigval else beta
 
 
@@ -86,13 +90,15 @@ class LearnedDecay(KeepsFloat32):
         dt = log_dt.exp().clamp_min(self.FLOOR_DT)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        """[..., heads, channels]."""
-        rate = self.A_log.exp()[:, None]
-        z = upcast(self.decay_proj(x)).unflatten(-1, (len(rate), -1)) + self.dt_bias.view(len(rate), -1)
+    def log_decay(self, z: Tensor) -> Tensor:
+        """[..., heads, channels], from the answer of the projection's first map."""
+        z, heads = second_map(self.decay_proj, z), len(self.A_log)
+        rate = self.A_log.exp().repeat_interleave(len(self.dt_bias) // heads)
         if self.lower_bound is None:
-            return -rate * F.softplus(z)
-        return self.lower_bound * torch.sigmoid(rate * z)
+            g = log_decay(z, rate=rate, bias=self.dt_bias)
+        else:
+            g = self.lower_bound * torch.sigmoid(rate * (upcast(z) + self.dt_bias))
+        return g.unflatten(-1, (heads, -1))
 
 
 class GatedDeltaNet(LearnedDecay, Delta):
@@ -102,9 +108,12 @@ class GatedDeltaNet(LearnedDecay, Delta):
         super().__init__(dim, options)
         self.add_decay(dim, options.num_v_heads, 1, rank=0, lower_bound=options.gate_lower_bound)
 
-    def gates(self, x: Tensor, k: Tensor) -> Gates:
-        beta = self.beta(x, k)
-        return Gates(self.log_decay(x).squeeze(-1), beta, beta)
+    def gate_maps(self) -> Sequence[Sequence[nn.Linear]]:
+        return (*super().gate_maps(), (first_map(self.decay_proj),))
+
+    def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
+        beta = self.beta(z[0], k)
+        return Gates(self.log_decay(z[1]).squeeze(-1), beta, beta)
 
 
 class KDA(LearnedDecay, Delta):
@@ -115,9 +124,12 @@ class KDA(LearnedDecay, Delta):
         o = options
         self.add_decay(dim, o.num_v_heads, o.head_dim, rank=o.gate_rank, lower_bound=o.gate_lower_bound)
 
-    def gates(self, x: Tensor, k: Tensor) -> Gates:
-        beta = self.beta(x, k)
-        return Gates(self.log_decay(x), beta, beta)
+    def gate_maps(self) -> Sequence[Sequence[nn.Linear]]:
+        return (*super().gate_maps(), (first_map(self.decay_proj),))
+
+    def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
+        beta = self.beta(z[0], k)
+        return Gates(self.log_decay(z[1]), beta, beta)
 
 
 class GatedDeltaNet2(LearnedDecay, Linear):
@@ -134,20 +146,22 @@ class GatedDeltaNet2(LearnedDecay, Linear):
         if o.kaczmarz:
             self.eta_proj = nn.Linear(dim, o.num_v_heads, bias=True)
 
-    def gates(self, x: Tensor, k: Tensor) -> Gates:
-        erase = torch.sigmoid(self.erase_proj(x)).unflatten(-1, (self.options.num_heads, -1))
-        write = torch.sigmoid(self.write_proj(x)).unflatten(-1, (self.options.num_v_heads, -1))
-        erase = self._over_value_heads(erase)
-        if self.options.kaczmarz:
-            erase, write = self._kaczmarz(x, k, erase, write)
-        if self.options.allow_neg_eigval:
-            erase = 2 * erase
-        return Gates(self._over_value_heads(self.log_decay(x)), erase, write)
+    def gate_maps(self) -> Sequence[Sequence[nn.Linear]]:
+        maps = ((self.erase_proj, self.write_proj), (first_map(self.decay_proj),))
+        return (*maps, (self.eta_proj,)) if self.options.kaczmarz else maps
 
-    def _kaczmarz(self, x: Tensor, k: Tensor, erase: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
-        step = kaczmarz_step(self.eta_proj(x), k, self.options)[..., None]
-        gates = []
-        for gate in (erase, write):
-            scaled = gate * step
-            gates.append((scaled.clamp(0, 1) if self.options.kaczmarz_clip else scaled).to(gate.dtype))
-        return gates[0], gates[1]
+    def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
+        o = self.options
+        erase, write = torch.sigmoid(z[0]).split([self.key_dim, self.value_dim], -1)
+        erase = self._over_value_heads(erase.unflatten(-1, (o.num_heads, -1)))
+        write = write.unflatten(-1, (o.num_v_heads, -1))
+        if o.kaczmarz:
+            step = kaczmarz_step(z[2], k, o)[..., None]
+            erase, write = (self._stepped(gate, step) for gate in (erase, write))
+        if o.allow_neg_eigval:
+            erase = 2 * erase
+        return Gates(self._over_value_heads(self.log_decay(z[1])), erase, write)
+
+    def _stepped(self, gate: Tensor, step: Tensor) -> Tensor:
+        scaled = gate * step
+        return (scaled.clamp(0, 1) if self.options.kaczmarz_clip else scaled).to(gate.dtype)

@@ -1,24 +1,26 @@
 """The common body of the linear mixers: everything around the recurrence of `glade.ops.linear_attention`.
 
     q, k = rope(l2norm(feature_map(act(conv(x W))))),  v = act(conv(x W_v)) each with its own short convolution
-    g, erase, write = gates(x, k)                                           what a mixer is (gates.py, delta.py)
+    g, erase, write = gates(z, k), z = x W_z                                what a mixer is (decay.py, delta.py)
     o, state = linear_attention(q, k, v, g, erase, write)
     y = (norm(o) * act(x W_g)) W_o                                          norm per head, before the gate
 
-Which of these steps a mixer has is in `LinearOptions`. The class `Linear` is the body alone.
+All that reads x is one matrix product, q, k and v one convolution. Which of these steps a mixer has is in
+`LinearOptions`. The class `Linear` is the body alone.
 Sources: arXiv:2006.16236 (linear attention), 2104.09864 section 3.3 (rotated), 2412.06464 section 3.3 (this block).
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glade.model.mixer import Mixer, matmul_flops, projection
-from glade.model.norm import l2norm, make_norm
+from glade.model.mixer import Mixer, first_map, joint, matmul_dtype, matmul_flops, projection, second_map
+from glade.model.norm import RMSNorm, l2norm, make_norm
 from glade.model.published import Activation, FeatureMap, LinearOptions
-from glade.ops import linear_attention, linear_attention_step_, rope
+from glade.ops import linear_attention, linear_attention_step_, rms_norm, rope
 from glade.ops.packing import check_cu_seqlens, token_positions, tokens_seen
 from glade.ops.short_conv import short_conv, short_conv_step_
 
@@ -64,8 +66,14 @@ class Linear(Mixer):
             )
         self.o_proj = nn.Linear(self.value_dim, dim, bias=False)
 
-    def gates(self, x: Tensor, k: Tensor) -> Gates:
-        """What is particular to a mixer. x [..., D] and k [..., H, K] lead with [B, T], or with [B] when decoding."""
+    def gate_maps(self) -> Sequence[Sequence[nn.Linear]]:
+        """The maps of x that `gates` reads, in groups: the answers of a group lie side by side in one tensor."""
+        return ()
+
+    def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
+        """What is particular to a mixer. z holds one tensor [..., channels] for each group of `gate_maps`; these and
+        k [..., H, K] lead with [B, T], or with [B] when decoding.
+        """
         return Gates()
 
     def forward(
@@ -76,27 +84,27 @@ class Linear(Mixer):
         *,
         return_state: bool = True,
     ) -> tuple[Tensor, LinearState | None]:
-        recurrent, conv_q, conv_k, conv_v, length = state if state is not None else (None,) * 5
-        q, conv_q = self.q_conv(self.q_proj(x), conv_q, cu_seqlens)
-        k, conv_k = self.k_conv(self.k_proj(x), conv_k, cu_seqlens)
-        v, conv_v = self.v_conv(self.v_proj(x), conv_v, cu_seqlens)
-        g, erase, write = self.gates(x, k)
+        recurrent, *past, length = state if state is not None else (None,) * 5
+        qkv, z, gate = self._read(x)
+        (q, k, v), past = self._convolve(qkv, past, cu_seqlens)
+        g, erase, write = self.gates(z, k)
         if self.options.rope:
             positions = token_positions(x.shape[1], x.device, length, cu_seqlens)
             q, k = self._rotate(q, positions), self._rotate(k, positions)
         o, recurrent = linear_attention(
             q, k, v, g=g, erase=erase, write=write, scale=self.options.scale, state=recurrent, cu_seqlens=cu_seqlens
         )
-        y = self._output(o, x)
+        y = self._output(o, gate)
         if not return_state:
             return y, None
-        return y, LinearState(recurrent, conv_q, conv_k, conv_v, tokens_seen(x, length, cu_seqlens))
+        return y, LinearState(recurrent, *past, tokens_seen(x, length, cu_seqlens))
 
     def step_(self, x: Tensor, state: LinearState, slots: Tensor | None = None) -> tuple[Tensor, LinearState]:
-        q = self.q_conv.step_(self.q_proj(x), state.conv_q, slots)
-        k = self.k_conv.step_(self.k_proj(x), state.conv_k, slots)
-        v = self.v_conv.step_(self.v_proj(x), state.conv_v, slots)
-        g, erase, write = self.gates(x, k)
+        qkv, z, gate = self._read(x)
+        past = (state.conv_q, state.conv_k, state.conv_v)
+        parts = qkv.split([conv.channels for conv in self._convs], -1)
+        q, k, v = (conv.step_(x, before, slots) for conv, x, before in zip(self._convs, parts, past, strict=True))
+        g, erase, write = self.gates(z, k)
         if self.options.rope:
             positions = (state.length if slots is None else state.length[slots])[:, None]
             q, k = (self._rotate(each[:, None], positions)[:, 0] for each in (q, k))
@@ -107,20 +115,63 @@ class Linear(Mixer):
             state.length.add_(1)
         else:
             state.length[slots] += 1
-        return self._output(o, x), state
+        return self._output(o, gate), state
+
+    @property
+    def _convs(self) -> tuple["ShortConvolution", "ShortConvolution", "ShortConvolution"]:
+        return self.q_conv, self.k_conv, self.v_conv
+
+    def _read(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """What is made of x: q, k and v side by side; the inputs of `gates`; the input of the output gate."""
+        maps = [(self.q_proj, self.k_proj, self.v_proj), *self.gate_maps()]
+        if self.output_gate_proj is None:
+            qkv, *z = joint(x, *maps)
+            return qkv, z, None
+        qkv, *z, gate = joint(x, *maps, (first_map(self.output_gate_proj),))
+        return qkv, z, second_map(self.output_gate_proj, gate)
+
+    def _convolve(
+        self, qkv: Tensor, past: Sequence[Tensor | None], cu_seqlens: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """q, k, v [B, T, heads, -1] and the new past of each: one convolution if they can be, else one by one."""
+        channels = [conv.channels for conv in self._convs]
+        weights: list[Tensor] = [conv.weight for conv in self._convs if conv.weight is not None]
+        if not weights or self.options.feature_map != "identity":
+            parts = zip(self._convs, qkv.split(channels, -1), past, strict=True)
+            pairs = [conv(part, before, cu_seqlens) for conv, part, before in parts]
+            return [y for y, _ in pairs], [after for _, after in pairs]
+        given = [part for part in past if part is not None]
+        unit = self.options.qk_l2norm
+        y, after = short_conv(
+            qkv,
+            torch.cat(weights),
+            activation=self.v_conv.activation,
+            l2norm_heads=2 * self.options.num_heads if unit else None,
+            l2norm_channels=2 * self.key_dim if unit else None,
+            state=torch.cat(given, 1) if given else None,
+            cu_seqlens=cu_seqlens,
+        )
+        heads = [conv.heads for conv in self._convs]
+        parts = zip(y.split(channels, -1), heads, strict=True)
+        return [part.unflatten(-1, (num, -1)) for part, num in parts], list(after.split(channels, 1))
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, T, H, K] turned by its positions."""
         o = self.options
         return rope(x, positions, theta=o.rope_theta, dims=round(o.head_dim * o.rope_fraction))
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        """o [..., HV, V] -> y [..., D]."""
+    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        """o [..., HV, V], gate [..., HV * V] -> y [..., D]."""
+        activation = self.options.output_gate
+        if gate is None or activation == "absent":
+            return self.o_proj(self.output_norm(o).flatten(-2))
+        if type(self.output_norm) is RMSNorm:
+            weight, eps = self.output_norm.weight, self.output_norm.eps
+            gate, dtype = gate.unflatten(-1, (self.options.num_v_heads, -1)), matmul_dtype(o)
+            y = rms_norm(o, weight, eps=eps, gate=gate, gate_activation=activation, dtype=dtype)
+            return self.o_proj(y.flatten(-2))
         y = self.output_norm(o).flatten(-2)
-        if self.output_gate_proj is not None:
-            gate = self.output_gate_proj(x)
-            y = y * (F.silu(gate) if self.options.output_gate == "silu" else torch.sigmoid(gate))
-        return self.o_proj(y)
+        return self.o_proj(y * (F.silu(gate) if activation == "silu" else torch.sigmoid(gate)))
 
     def init_state(self, batch: int) -> LinearState:
         weight = self.o_proj.weight

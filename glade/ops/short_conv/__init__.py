@@ -9,23 +9,24 @@ queries and keys in the same pass over memory.
 Source: arXiv:2312.00752, section 3.4 (the convolution); arXiv:2412.06464, section 3.3 (SiLU and the norm after it).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from glade.errors import BackendError
+from glade.ops.backends import Backend, choose
+from glade.ops.native import rows
 from glade.ops.packing import check_cu_seqlens
-from glade.ops.short_conv import reference, shifted
+from glade.ops.short_conv import cpu, reference, shifted, triton
 from glade.ops.short_conv.activation import L2_NORM_EPS, Activation, activate
 
 __all__ = ["BACKENDS", "L2_NORM_EPS", "short_conv", "short_conv_step_"]
 
 MAX_TAPS = 8
 
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "reference": reference.short_conv,
-    "torch": shifted.short_conv,
+BACKENDS: dict[str, Backend] = {
+    "triton": Backend(triton.short_conv, triton.refuses),
+    "cpu": Backend(cpu.short_conv, rows.refuses),
+    "torch": Backend(shifted.short_conv),
+    "reference": Backend(reference.short_conv, automatic=False),
 }
 
 
@@ -36,6 +37,7 @@ def short_conv(
     bias: Tensor | None = None,
     activation: Activation = "silu",
     l2norm_heads: int | None = None,
+    l2norm_channels: int | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
@@ -50,27 +52,29 @@ def short_conv(
         bias:         [D]         None is zeros
         activation:   "silu" or None
         l2norm_heads: split D into this many heads and divide each by sqrt(sum of squares + 1e-6); None leaves it out
+        l2norm_channels: only the first this many channels are split and divided, so that queries, keys and values can
+                      be one call; None is D
         state:        [B, D, W-1] the inputs before the first, oldest first; None is zeros ([N, D, W-1] with
                       cu_seqlens)
         cu_seqlens:   [N+1] int   borders of packed documents, B == 1; no tap crosses a border
-        backend:      "reference", "torch", or "auto", which is "torch" on every device
+        backend:      "reference", "torch", "cpu" (fp32 and bf16 on the CPU), "triton" (on NVIDIA GPUs), or
+                      "auto": the fastest installed
 
     Returns:
         y [B, T, D] in x's dtype, and the state after the last token in the dtype of `state` (of x without one).
 
     Raises:
-        ValueError: a shape, dtype or activation that does not fit. BackendError: an unknown backend.
+        ValueError: a shape, dtype or activation that does not fit. BackendError: `backend` cannot serve x.
     """
     if x.dim() != 3:
         raise ValueError(f"x has shape {list(x.shape)}; give [B, T, D]")
-    _check_channels(x, weight, bias, activation, l2norm_heads)
+    _check_channels(x, weight, bias, activation)
+    unit = _unit_channels(x, l2norm_heads, l2norm_channels)
     num_rows = x.shape[0] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, x.shape[0])
     if state is not None:
         _check_state(state, num_rows, weight)
-    run = BACKENDS.get("torch" if backend == "auto" else backend)
-    if run is None:
-        raise BackendError(f"short_conv has no backend '{backend}'; use 'auto' or one of {sorted(BACKENDS)}")
-    return run(x, weight, bias, activation, l2norm_heads, state, cu_seqlens)
+    run = BACKENDS[choose("short_conv", BACKENDS, backend, x.device, x.dtype)].run
+    return run(x, weight, bias, activation, l2norm_heads, unit, state, cu_seqlens)
 
 
 def short_conv_step_(
@@ -80,6 +84,7 @@ def short_conv_step_(
     bias: Tensor | None = None,
     activation: Activation = "silu",
     l2norm_heads: int | None = None,
+    l2norm_channels: int | None = None,
     state: Tensor,
     slots: Tensor | None = None,
 ) -> Tensor:
@@ -89,7 +94,7 @@ def short_conv_step_(
         x:     [B, D]
         state: [B, D, W-1], or [num_slots, D, W-1] with `slots`
         slots: [B] int64, the rows of `state` that belong to x, no two the same; None takes them in order
-        weight, bias, activation, l2norm_heads: as in `short_conv`
+        weight, bias, activation, l2norm_heads, l2norm_channels: as in `short_conv`
 
     Returns:
         y [B, D] in x's dtype.
@@ -99,10 +104,14 @@ def short_conv_step_(
     """
     if x.dim() != 2:
         raise ValueError(f"x has shape {list(x.shape)}; give one token a row, [B, D]")
-    _check_channels(x, weight, bias, activation, l2norm_heads)
+    _check_channels(x, weight, bias, activation)
+    unit = _unit_channels(x, l2norm_heads, l2norm_channels)
     if slots is not None and (slots.shape != x.shape[:1] or slots.dtype != torch.int64):
         raise ValueError(f"slots is {slots.dtype} of shape {list(slots.shape)}; give int64 [{len(x)}], one a row of x")
     _check_state(state, len(x) if slots is None else len(state), weight)
+    if triton.refuses(x.device, x.dtype) is None:
+        with torch.no_grad():
+            return triton.step_(x, weight, bias, activation, l2norm_heads, unit, state, slots)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad():
         past = state if slots is None else state[slots]
@@ -117,13 +126,11 @@ def short_conv_step_(
             state.copy_(window[..., 1:])
         else:
             state[slots] = window[..., 1:]
-        return activate(a, activation, l2norm_heads).to(x.dtype)
+        return activate(a, activation, l2norm_heads, unit).to(x.dtype)
 
 
-def _check_channels(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, l2norm_heads: int | None
-) -> None:
-    """Everything about x [..., D], the taps and what follows them that has nothing to do with tokens."""
+def _check_channels(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> None:
+    """Everything about x [..., D] and the taps that has nothing to do with tokens."""
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; give a floating-point tensor")
     D = x.shape[-1]
@@ -133,8 +140,21 @@ def _check_channels(
         raise ValueError(f"bias has shape {list(bias.shape)}; give [{D}], one number a channel of x")
     if activation not in ("silu", None):
         raise ValueError(f"activation is {activation!r}; give 'silu' or None")
-    if l2norm_heads is not None and (l2norm_heads < 1 or D % l2norm_heads):
-        raise ValueError(f"l2norm_heads is {l2norm_heads}, which does not divide the {D} channels of x")
+
+
+def _unit_channels(x: Tensor, l2norm_heads: int | None, l2norm_channels: int | None) -> int:
+    """How many of x's channels are divided by the norm of their head."""
+    if l2norm_heads is None:
+        if l2norm_channels is not None:
+            raise ValueError(f"l2norm_channels is {l2norm_channels} without l2norm_heads; give both or leave both out")
+        return 0
+    D = x.shape[-1]
+    unit = D if l2norm_channels is None else l2norm_channels
+    if not 0 <= unit <= D:
+        raise ValueError(f"l2norm_channels is {unit}; give 0 to {D}, the channels of x")
+    if l2norm_heads < 1 or unit % l2norm_heads:
+        raise ValueError(f"l2norm_heads is {l2norm_heads}, which does not divide the {unit} channels of x to norm")
+    return unit
 
 
 def _check_state(state: Tensor, num_rows: int, weight: Tensor) -> None:

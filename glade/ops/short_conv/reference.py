@@ -13,6 +13,7 @@ def short_conv(
     bias: Tensor | None,
     activation: Activation,
     l2norm_heads: int | None,
+    l2norm_channels: int,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ def short_conv(
             a = a + taps[:, j] * inputs[j : j + len(documents[i])]
         if bias is not None:
             a = a + bias.to(dtype)
-        outputs.append(activate(a, activation, l2norm_heads).to(x.dtype))
+        outputs.append(activate(a, activation, l2norm_heads, l2norm_channels).to(x.dtype))
         states.append(inputs[len(inputs) - num_past :].T.to(x.dtype if state is None else state.dtype))
     if not documents:
         return torch.zeros_like(x), x.new_zeros(0, x.shape[2], num_past)

@@ -23,10 +23,11 @@ def short_conv(
     bias: Tensor | None,
     activation: Activation,
     l2norm_heads: int | None,
+    l2norm_channels: int,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, bias, state, cu_seqlens, activation, l2norm_heads)
+    return _forward(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels)
 
 
 class _Edges(NamedTuple):
@@ -125,14 +126,15 @@ def _forward(
     cu_seqlens: Tensor | None,
     activation: str | None,
     l2norm_heads: int | None,
+    l2norm_channels: int,
 ) -> tuple[Tensor, Tensor]:
     sums = _sums(x, weight, bias, state, cu_seqlens)
-    y = activate(sums.a, cast(Activation, activation), l2norm_heads)
+    y = activate(sums.a, cast(Activation, activation), l2norm_heads, l2norm_channels)
     return y.to(x.dtype).view(x.shape), _final_state(x, state, sums.edges, weight.shape[1] - 1)
 
 
 @_forward.register_fake
-def _(x, weight, bias, state, cu_seqlens, activation, l2norm_heads):
+def _(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
     num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = x.new_empty(num_documents, x.shape[2], weight.shape[1] - 1)
     return x.new_empty(x.shape), final if state is None else final.to(state.dtype)
@@ -149,6 +151,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     activation: str | None,
     l2norm_heads: int | None,
+    l2norm_channels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and state, the last two meaningless where there was none.
 
@@ -156,7 +159,8 @@ def _backward(
     """
     tokens, taps, edges, opening, a = _sums(x, weight, bias, state, cu_seqlens)
     num_past = len(taps) - 1
-    da = activate_backward(dy.reshape(a.shape).to(a.dtype), a, cast(Activation, activation), l2norm_heads)
+    how = (cast(Activation, activation), l2norm_heads, l2norm_channels)
+    da = activate_backward(dy.reshape(a.shape).to(a.dtype), a, *how)
     dbias = da.sum(0)
     da_first = _rows(da, edges.head, edges.in_head)
     # An entry of the state stands where the opening's first half stands: before the document's first token.
@@ -192,7 +196,7 @@ def _tap_gradients(tokens: Tensor, da: Tensor, opening: Tensor, da_first: Tensor
 
 
 @_backward.register_fake
-def _(dy, dfinal, x, weight, bias, state, cu_seqlens, activation, l2norm_heads):
+def _(dy, dfinal, x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
     num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dbias = weight.new_empty(x.shape[2]) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(num_documents, x.shape[2], weight.shape[1] - 1)
@@ -201,18 +205,17 @@ def _(dy, dfinal, x, weight, bias, state, cu_seqlens, activation, l2norm_heads):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, state, cu_seqlens, ctx.activation, ctx.l2norm_heads = inputs
-    ctx.save_for_backward(x, weight, bias, state, cu_seqlens)
+    *tensors, ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _autograd_backward(ctx, dy, dfinal):
     x, weight, bias, state, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias, dstate = _backward(
-        dy, dfinal, x, weight, bias, state, cu_seqlens, ctx.activation, ctx.l2norm_heads
-    )
+    how = (ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels)
+    dx, dweight, dbias, dstate = _backward(dy, dfinal, x, weight, bias, state, cu_seqlens, *how)
     dbias = None if bias is None else dbias
     dstate = None if state is None else dstate
-    return dx, dweight, dbias, dstate, None, None, None
+    return dx, dweight, dbias, dstate, *(None,) * 4
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,70 @@
+"""RMSNorm over the last axis, with an optional gate on what it answers.
+
+    y = weight * x / sqrt(mean(x^2) + eps) * act(gate)
+
+One op for the norm of the residual stream and for the gated norm of a mixer's heads, because the gate is read and
+multiplied in the same pass over memory. It writes the dtype that the next matrix product reads.
+
+Sources: arXiv:1910.07467; the gate: arXiv:2307.08621, 2412.06464.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from glade.ops.backends import Backend, choose
+from glade.ops.native import rows
+from glade.ops.rms_norm import cpu, eager, reference
+
+__all__ = ["BACKENDS", "GateActivation", "rms_norm"]
+
+GateActivation = Literal["silu", "sigmoid"]
+
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(cpu.rms_norm, rows.refuses),
+    "torch": Backend(eager.rms_norm),
+    "reference": Backend(reference.rms_norm, automatic=False),
+}
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    gate: Tensor | None = None,
+    gate_activation: GateActivation = "silu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps), times act(gate) where there is one; fp32 inside (fp64 for fp64 inputs).
+
+    Args:
+        x:       [..., n]
+        weight:  [n]
+        gate:    like x, or None
+        gate_activation: "silu" or "sigmoid"
+        dtype:   of y, floating-point; None: x's
+        backend: "reference", "torch", "cpu" (fp32 and bf16 on the CPU), or "auto": the fastest installed
+
+    Returns:
+        y like x, in `dtype`.
+
+    Raises:
+        ValueError: a shape, dtype or activation that does not fit. BackendError: `backend` cannot serve x.
+    """
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}; give floating-point [..., n]")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; give [{x.shape[-1]}], one number a channel of x")
+    if gate is not None and (gate.shape != x.shape or not gate.is_floating_point()):
+        raise ValueError(f"gate is {gate.dtype} of shape {list(gate.shape)}; give floating-point {list(x.shape)}")
+    if gate_activation not in ("silu", "sigmoid"):
+        raise ValueError(f"gate_activation is {gate_activation!r}; give 'silu' or 'sigmoid'")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; give a floating-point one")
+    dtype = x.dtype if dtype is None else dtype
+    dtypes = (x.dtype, dtype, x.dtype if gate is None else gate.dtype)
+    run = BACKENDS[choose("rms_norm", BACKENDS, backend, x.device, *dtypes)].run
+    return run(x, weight, gate, gate_activation, eps, dtype)
