@@ -25,9 +25,9 @@ class Candidate(NamedTuple):
         return config._replace(**{self.name: self.launch}, chunk=self.chunk)
 
 
-def kernel_name(corner: tuple[str, ...], launch: str) -> str | None:
+def kernel_name(corner: tuple[str, ...], wide: bool, launch: str) -> str | None:
     """The kernel that a launch of this name starts for a corner; None if it has none."""
-    return KERNELS[launch][is_scalar(corner)]
+    return KERNELS[launch][is_scalar(corner, wide)]
 
 
 def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) -> list[Candidate]:
@@ -52,7 +52,7 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
         prepare = [x for x in prepare if x.block <= 64]
         keys = [x for x in keys if x.block <= 32 and x.block_v <= 64]
     of_launch = {"prepare": prepare, "forward": states, "backward": states, "values": values, "keys": keys}
-    if is_scalar(corner):
+    if is_scalar(corner, wide):
         del of_launch["values"]
         if corner[1] == "none":
             of_launch["prepare"] = [Launch(32, 1)]  # no product is made there

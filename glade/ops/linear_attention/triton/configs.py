@@ -66,14 +66,18 @@ def config_for(
     return config._replace(chunk=_chunk(num_tokens, config.chunk)), numbers
 
 
-def is_scalar(corner: tuple[str, ...]) -> bool:
-    """Whether the kernels for scalar gates serve a corner."""
-    return "vector" not in corner[:2]
+def is_scalar(corner: tuple[str, ...], wide: bool) -> bool:
+    """Whether the kernels for scalar gates serve a corner.
+
+    They make the products of pairs again for every block of value channels, which pays where a product is one product:
+    not in fp32, where it is three, and where registers spill (2 KB a thread).
+    """
+    return not wide and "vector" not in corner[:2]
 
 
 @cache
 def nearest(arch: int, corner: tuple[str, ...], wide: bool, K: int, V: int) -> Config:
-    rows = [row for row in read_table() if row.wide == wide and is_scalar(row.corner) == is_scalar(corner)]
+    rows = [row for row in read_table() if row.wide == wide and is_scalar(row.corner, wide) == is_scalar(corner, wide)]
 
     def distance(row: Row) -> tuple:
         unlike = sum(x != y for x, y in zip(row.corner, corner, strict=True))

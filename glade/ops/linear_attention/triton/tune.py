@@ -122,7 +122,7 @@ def _fastest_parts(trials: Trials, chunk: int, launches: Sequence[str], say: Cal
     ]  # fmt: skip
     fastest: dict[str, tuple[float, Candidate]] = {}
     for candidate, outcome in zip(tried, trials.run([(str(x), x.within(start)) for x in tried]), strict=True):
-        name = kernel_name(setting.corner, candidate.name)
+        name = kernel_name(setting.corner, setting.wide, candidate.name)
         assert name is not None
         say(_line(outcome, name))
         ms = outcome.ms.get(name)
