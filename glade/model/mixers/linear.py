@@ -97,7 +97,8 @@ class Linear(Mixer):
         y = self._output(o, gate)
         if not return_state:
             return y, None
-        return y, LinearState(recurrent, *past, tokens_seen(x, length, cu_seqlens))
+        conv_q, conv_k, conv_v = past
+        return y, LinearState(recurrent, conv_q, conv_k, conv_v, tokens_seen(x, length, cu_seqlens))
 
     def step_(self, x: Tensor, state: LinearState, slots: Tensor | None = None) -> tuple[Tensor, LinearState]:
         qkv, z, gate = self._read(x)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from glade.ops.cross_entropy import softmax
+
 # What one chunk's logits may take. Larger blocks are handed back to the system by the C library at every step, and
 # faulted in again page by page: at 64 MiB a fifth of a step of a GPT-2 vocabulary is spent in the kernel, at 16 none.
 MAX_LOGITS_BYTES = 16 * 2**20
@@ -44,12 +46,6 @@ def _chunks(num_tokens: int, vocab: int, dtype: torch.dtype) -> Iterator[slice]:
     return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[C, vocab] in `dtype`, fresh memory: the callers overwrite it."""
-    logits = (x @ weight.T).to(dtype)
-    return logits if bias is None else logits.add_(bias)
-
-
 @torch.library.custom_op("glade::linear_cross_entropy", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, matmul_dtype: torch.dtype
@@ -63,11 +59,7 @@ def _forward(
     weight = weight.to(matmul_dtype)
     loss, normaliser = inputs.new_empty(2, len(target), dtype=dtype)
     for chunk in _chunks(len(target), len(weight), dtype):
-        logits = _logits(inputs[chunk], weight, bias, dtype)
-        of_target = logits.take_along_dim(target[chunk, None], 1)[:, 0]
-        highest = logits.amax(1)
-        normaliser[chunk] = logits.sub_(highest[:, None]).exp_().sum(1).log_().add_(highest)
-        loss[chunk] = normaliser[chunk] - of_target
+        loss[chunk], normaliser[chunk] = softmax.losses(inputs[chunk] @ weight.T, bias, target[chunk], dtype)
     losses, normalisers = torch.zeros(2, *flat_targets.shape, dtype=dtype, device=x.device)
     losses[kept], normalisers[kept] = loss, normaliser
     return losses.view(targets.shape).clone(), normalisers.clone()
@@ -102,13 +94,10 @@ def _backward(
     dweight = torch.zeros_like(weight, dtype=dtype)
     dbias = dweight.new_zeros(len(weight))
     for chunk in _chunks(len(target), len(weight), dtype):
-        dlogits = _logits(inputs[chunk], matrix, bias, dtype).sub_(normaliser[chunk, None]).exp_()
-        rows = torch.arange(len(dlogits), device=x.device)
-        dlogits[rows, target[chunk]] -= 1
-        dlogits *= dloss[chunk, None]
-        if bias is not None:
-            dbias += dlogits.sum(0)
-        dlogits = dlogits.to(matmul_dtype)
+        logits = inputs[chunk] @ matrix.T
+        dlogits, of_bias = softmax.gradient(logits, bias, target[chunk], normaliser[chunk], dloss[chunk])
+        if of_bias is not None:
+            dbias += of_bias
         dinputs[chunk] = (dlogits @ matrix).to(x.dtype)
         if matmul_dtype == dtype:
             dweight.addmm_(dlogits.T, inputs[chunk])

@@ -18,8 +18,6 @@ _FUNCTIONS = (
     "swiglu_backward",
     "log_decay",
     "log_decay_backward",
-    "sigmoid",
-    "sigmoid_backward",
     "cross_entropy",
     "cross_entropy_backward",
 )

@@ -1,4 +1,4 @@
-/* Maps of one channel to one channel: SwiGLU's product, the log decays, the sigmoid. */
+/* Maps of one channel to one channel: SwiGLU's product and the log decays. */
 #include "kernel.h"
 #include "matrix.h"
 
@@ -67,30 +67,6 @@ void NAME(log_decay_backward)(const RowCall *c, long from, long to, float *sums,
             add_to(drate + at, count, -d * softplus_vec(u));
             add_to(dbias + at, count, du);
             put(out, dz->dtype, at, count, du);
-        });
-    }
-}
-
-/* Matrices: x, y; or x, dy, dx. */
-void NAME(sigmoid)(const RowCall *c, long from, long to, float *sums, float *memory) {
-    (void)sums, (void)memory;
-    const Matrix *x = &c->m[0], *y = &c->m[1];
-    for (long row = from; row < to; row++) {
-        const char *in = row_at(x, row);
-        char *out = row_at(y, row);
-        EACH_VEC(at, count, c->width, put(out, y->dtype, at, count, sigmoid_vec(get(in, x->dtype, at, count))););
-    }
-}
-
-void NAME(sigmoid_backward)(const RowCall *c, long from, long to, float *sums, float *memory) {
-    (void)sums, (void)memory;
-    const Matrix *x = &c->m[0], *dy = &c->m[1], *dx = &c->m[2];
-    for (long row = from; row < to; row++) {
-        const char *in = row_at(x, row), *d = row_at(dy, row);
-        char *out = row_at(dx, row);
-        EACH_VEC(at, count, c->width, {
-            vec s = sigmoid_vec(get(in, x->dtype, at, count));
-            put(out, dx->dtype, at, count, get(d, dy->dtype, at, count) * s * (1.0f - s));
         });
     }
 }

@@ -13,10 +13,9 @@ static inline long whole(long n) { return (n + 15) / 16 * 16; }
 typedef void (*RowFunction)(const RowCall *, long from, long to, float *sums, float *memory);
 
 /* the functions of rows, by the numbers in native/rows.py */
-#define EACH_ROW_FUNCTION(M, isa)                                                                                   \
-    M(rms_norm, isa) M(rms_norm_backward, isa) M(swiglu, isa) M(swiglu_backward, isa) M(log_decay, isa)             \
-        M(log_decay_backward, isa) M(sigmoid, isa) M(sigmoid_backward, isa) M(cross_entropy, isa)                   \
-            M(cross_entropy_backward, isa)
+#define EACH_ROW_FUNCTION(M, isa)                                                                       \
+    M(rms_norm, isa) M(rms_norm_backward, isa) M(swiglu, isa) M(swiglu_backward, isa) M(log_decay, isa) \
+        M(log_decay_backward, isa) M(cross_entropy, isa) M(cross_entropy_backward, isa)
 
 typedef struct {
     const RowFunction *rows;
