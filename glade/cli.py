@@ -63,6 +63,33 @@ VERBS = {
             "glade train --train.init_from=runs/kla --data.corpus=letters.txt --train.max_steps=200",
         ),
     ),
+    "sft": Verb(
+        run="glade.train.sft:run",
+        config="glade.train.align_config:SftRun",
+        help="fine-tune a model on answers: instructions, conversations, prompts with completions",
+        positional=("model", "data.file"),
+        bases={"resume": "glade.train.start:resumed_sft"},
+        output="run",
+        examples=(
+            "glade sft runs/demo answers.jsonl",
+            "glade sft runs/demo chats.jsonl --lora.rank=8 --train.epochs=3 --run=runs/demo-sft",
+            "glade sft --run=runs/demo-sft --resume",
+        ),
+    ),
+    "dpo": Verb(
+        run="glade.train.dpo:run",
+        config="glade.train.align_config:DpoRun",
+        help="train a model to prefer the better of two answers",
+        positional=("model", "data.file"),
+        bases={"resume": "glade.train.start:resumed_dpo"},
+        output="run",
+        examples=(
+            "glade dpo runs/demo pairs.jsonl",
+            "glade dpo runs/demo pairs.jsonl --dpo.beta=0.3 --train.epochs=2 --lora.rank=16 --run=runs/demo-dpo",
+            "glade dpo runs/demo pairs.jsonl --dpo.loss=simpo",
+            "glade dpo --run=runs/demo-dpo --resume",
+        ),
+    ),
     "generate": Verb(
         run="glade.infer.generate:run",
         config="glade.infer.config:GenerateConfig",
@@ -243,7 +270,7 @@ def _positional(cls: type, keys: tuple[str, ...], words: list[str], flags: list[
     values: dict[str, Any] = {}
     left = list(words)
     for key in keys:
-        if left and get_origin(get_type_hints(cls)[key]) in (tuple, list):
+        if left and get_origin(get_type_hints(cls).get(key)) in (tuple, list):
             values[key], left = left, []
         elif left:
             values[key] = left.pop(0)

@@ -135,6 +135,11 @@ class AlignRun:
     data: RowsConfig = setting(REQUIRED, "the examples")
     lora: LoraSettings = setting(default_factory=LoraSettings, help="adapters")
 
+    @property
+    def name(self) -> str:
+        """What its run folder is called, before the number."""
+        raise NotImplementedError
+
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must have kept: what the weights and the order of the examples mean."""
         data = {f"data.{key}": value for key, value in settings.to_dict(self.data).items()}
@@ -160,7 +165,8 @@ class DpoRun(AlignRun):
     train: DpoTrainSettings = setting(default_factory=DpoTrainSettings, help="the training")
     dpo: DpoSettings = setting(default_factory=DpoSettings, help="the loss")
     reference_cache: str | None = setting(
-        None, "folder of the reference's log-probabilities, kept by content; none: reference/ in the run folder"
+        None,
+        "folder of the reference's log-probabilities; none for reference/ in $GLADE_CACHE, else in ~/.cache/glade",
     )
 
     def fixed(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,35 +14,70 @@ from glade.train.log import Row, read_metrics
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
+class Panel(NamedTuple):
+    """One picture: measures of the training steps, and the same ones (`heldout_...`) of what is held out."""
+
+    title: str
+    y: str
+    keys: dict[str, str]  # measure -> what it is of, "" where the panel has one alone
+
+
+PANELS = (
+    Panel("loss", "nats", {"loss": ""}),
+    Panel("held-out bits per byte", "bits", {"bits_per_byte": ""}),
+    Panel("held-out perplexity", "of a token", {"perplexity": ""}),
+    Panel("accuracy", "share", {"accuracy": ""}),
+    Panel("rewards", "scaled as in the loss", {"rewards_chosen": "chosen", "rewards_rejected": "rejected"}),
+    Panel("margin of the rewards", "chosen - rejected", {"margin": ""}),
+    Panel("log-probability of an answer", "nats", {"logp_chosen": "chosen", "logp_rejected": "rejected"}),
+    Panel("distance from the reference (estimate of the KL)", "nats per token", {"kl": ""}),
+)
+
+
 def draw_curves(run: Path) -> Path | None:
-    """runs/NAME/curves.png: loss, perplexity, accuracy, and the learning rate with the speed; None without rows."""
+    """runs/NAME/curves.png: a panel for whatever was measured, and learning rate with speed; None without rows."""
     rows = read_metrics(run)
     if not rows:
         return None
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
-    trained, heldout = _with(rows, "loss"), _with(rows, "heldout_loss")
-
-    loss = axes[0][0]
-    _line(loss, trained, "loss", COLOURS[0], "training, each logged step", alpha=0.35)
-    _line(loss, _smoothed(trained, "loss"), "loss", COLOURS[0], "training, running mean")
-    _line(loss, heldout, "heldout_loss", COLOURS[1], "held out", marker="o")
-    _label(loss, "loss", "nats per token")
-    loss.legend(frameon=False)
-    _line(axes[0][1], heldout, "heldout_bits_per_byte", COLOURS[1], marker="o")
-    _label(axes[0][1], "held-out bits per byte", "bits")
-    _line(axes[1][0], heldout, "heldout_accuracy", COLOURS[1], marker="o")
-    _label(axes[1][0], "held-out next-token accuracy", "share of tokens")
-
-    speed = axes[1][1]
-    _line(speed, trained, "tokens_per_s", COLOURS[2])
-    _label(speed, "speed (green) and learning rate (grey)", "tokens per second")
-    speed.set_ylim(bottom=0)
-    rate = speed.twinx()
-    _line(rate, trained, "lr", "#888888")
-    rate.set_ylabel("learning rate")
+    measured = {key for row in rows for key in row}
+    panels = [p for p in PANELS if any(key in measured or f"heldout_{key}" in measured for key in p.keys)]
+    if "heldout_bits_per_byte" in measured:  # it says the same, and compares between tokenizers
+        panels = [p for p in panels if "perplexity" not in p.keys]
+    columns = 3 if len(panels) > 3 else 2
+    lines = -(-(len(panels) + 1) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.5 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel, axis in zip(panels, axes, strict=False):
+        _draw_panel(axis, panel, rows)
+    _draw_speed(axes[len(panels)], rows)
+    for unused in axes[len(panels) + 1 :]:
+        unused.set_axis_off()
     figure.suptitle(run.name)
     return _save(figure, run / "curves.png")
+
+
+def _draw_panel(axis: Any, panel: Panel, rows: Sequence[Row]) -> None:
+    for (key, of), colour in zip(panel.keys.items(), (COLOURS[0], COLOURS[3]), strict=False):
+        trained, heldout = _with(rows, key), _with(rows, f"heldout_{key}")
+        name = f"{of}, " if of else ""
+        if trained:
+            _line(axis, trained, key, colour, alpha=0.25)
+            _line(axis, _smoothed(trained, key), key, colour, f"{name}training, running mean")
+        style = {"marker": "o", "markersize": 4, "linestyle": "--" if of else "-"}
+        _line(axis, heldout, f"heldout_{key}", colour if of else COLOURS[1], f"{name}held out", **style)
+    _label(axis, panel.title, panel.y)
+    if any(_with(rows, key) for key in panel.keys):
+        axis.legend(frameon=False, fontsize="small")
+
+
+def _draw_speed(axis: Any, rows: Sequence[Row]) -> None:
+    trained = _with(rows, "tokens_per_s")
+    _line(axis, trained, "tokens_per_s", COLOURS[2])
+    _label(axis, "speed (green) and learning rate (grey)", "tokens per second")
+    axis.set_ylim(bottom=0)
+    rate = axis.twinx()
+    _line(rate, trained, "lr", "#888888")
+    rate.set_ylabel("learning rate")
 
 
 def draw_comparison(runs: Sequence[tuple[str, list[Row]]], path: Path) -> Path:

@@ -46,7 +46,7 @@ class Objective(Protocol):
         """Pass number `part` of the `accumulate` that make up a step."""
         ...
 
-    def examples(self, step: int) -> dict[str, Tensor]:
+    def batch(self, step: int) -> dict[str, Tensor]:
         """The tokens of a step, to look at."""
         ...
 
@@ -219,7 +219,7 @@ def _sum(values: list[Tensor]) -> float:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[str]]:
-    """While inside, the innermost module whose output is the first that is not finite has its name put into the list."""
+    """While inside, the innermost module whose output is the first that is not finite is named in the list."""
     found: list[str] = []
 
     def watch(name: str):

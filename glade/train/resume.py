@@ -1,7 +1,8 @@
 """A run on disk: its folder, its checkpoints, and going on from one as if it had never stopped.
 
     runs/NAME/  config.yaml  metrics.jsonl  samples.txt  curves.png  results.json
-                checkpoints/step-00000500/   a checkpoint folder, and in it trainer/: optimiser, progress, random state
+                checkpoints/step-00000500/   a checkpoint folder (adapters merged), and in it trainer/: optimiser,
+                                             adapters, progress, random state
                 checkpoints/best, last       relative links to two of them
 
 What a run has done is `Progress`. With the optimiser's moments and the random state it is all that training changes
@@ -26,8 +27,10 @@ from glade import config as settings
 from glade.errors import CheckpointError, ConfigError
 from glade.model.atomic import replace_link_atomically, write_file_atomically, write_folder_atomically
 from glade.model.checkpoint import write_checkpoint_files
+from glade.model.lora import has_lora, load_lora_state_dict, lora_state_dict, merged
 
 RUNS = Path("runs")
+ADAPTERS = "adapters.safetensors"
 
 
 class RunConfig(Protocol):
@@ -143,9 +146,13 @@ class Checkpoints:
         """Write checkpoints/step-N whole, point `last` (and `best`) at it, then drop what is no longer kept."""
         path = self.folder / f"step-{progress.step:08d}"
 
+        adapters = lora_state_dict(model)
+
         def write(folder: Path) -> None:
-            write_checkpoint_files(model, folder, tokenizer, metadata)
+            write_checkpoint_files(merged(model) if adapters else model, folder, tokenizer, metadata)
             (folder / "trainer").mkdir()
+            if adapters:
+                save_file(_on_cpu(adapters), folder / "trainer" / ADAPTERS)
             save_file(_optimizer_tensors(model, optimizer), folder / "trainer" / "optimizer.safetensors")
             save_file(_random_state(), folder / "trainer" / "random.safetensors")
             (folder / "trainer" / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
@@ -157,8 +164,9 @@ class Checkpoints:
         self._drop_old()
         return path
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Set the optimiser and the random state to those of `last`; the model is loaded by its own reader.
+    def restore(self, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
+        """Set the optimiser, the adapters if there are any, and the random state to those of `last`; the model's own
+        weights are loaded by its own reader.
 
         Raises:
             CheckpointError: a trainer file is missing, damaged, or of another model.
@@ -167,9 +175,12 @@ class Checkpoints:
         try:
             tensors = load_file(folder / "optimizer.safetensors")
             random = load_file(folder / "random.safetensors")
+            adapters = load_file(folder / ADAPTERS) if has_lora(model) else {}
             progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
         except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise CheckpointError(f"{folder} cannot be resumed from: {error}") from error
+        if adapters:
+            load_lora_state_dict(model, adapters)
         _restore_optimizer(model, optimizer, tensors, folder)
         _restore_random_state(random)
         return progress
@@ -182,14 +193,14 @@ class Checkpoints:
             shutil.rmtree(path)
 
 
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+
+
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors by `NAME/KEY`, with the parameter's name: no order of groups is relied on."""
     names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{names[p]}/{key}": value.detach().cpu().contiguous()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    return _on_cpu({f"{names[p]}/{key}": x for p, state in optimizer.state.items() for key, x in state.items()})
 
 
 def _restore_optimizer(

@@ -30,6 +30,8 @@ from glade.train.loop import Budget, NonFiniteLoss, Objective, StepResult, Train
 from glade.train.optim import build_optimizer
 from glade.train.resume import Checkpoints, Progress, write_config
 
+SECONDS_BETWEEN_PICTURES = 20
+
 
 class Heldout(Protocol):
     """What an evaluation on held-out examples came to."""
@@ -53,6 +55,7 @@ class Task(Protocol):
     steps: int | None  # the budget; None: `minutes` are
     minutes: float | None  # the limit of the clock
     peak_lr: float
+    baseline: bool  # judge the model before the first step too, as what the others are compared with
 
     def objective(self, forward: Callable[..., Any]) -> Objective:
         """What is minimised; `forward` is the model, compiled or not."""
@@ -125,6 +128,7 @@ class Run:
         self.heldout: Heldout | None = None
         self.saved_step = self.progress.step if resume else -1
         self.sample = ""
+        self.drawn = time.monotonic()
 
     def run(self) -> Results:
         """Train until the budget is used up or the run is told to stop.
@@ -145,6 +149,8 @@ class Run:
             self.budget = Budget(
                 self.task.steps, self.task.minutes, progress.seconds, time.monotonic(), first_step=progress.step
             )
+            if self.task.baseline and progress.step == 0:
+                self.judge(progress)
             self.window = (time.monotonic(), progress.tokens)
             try:
                 stopped = self.trainer.run(progress, self.budget, self)
@@ -183,22 +189,29 @@ class Run:
 
     def evaluate(self, progress: Progress, whole: bool = False) -> None:
         """Judge the model on what is held out (all of it if `whole`), write a sample, and save."""
-        heldout = self.task.evaluate(whole=whole)
-        best = False
-        if heldout is not None:
-            self.heldout = heldout
-            row = {f"heldout_{name}": value for name, value in self.task.row(heldout).items()}
-            self.out.row(_moment(progress) | row)
-            self.out.say(f"step {progress.step}: {self.task.told(heldout)}")
-            rank = self.task.rank(heldout)
-            best = rank < progress.best
-            if best:
-                progress.best, progress.best_step = rank, progress.step
+        rank = self.judge(progress, whole)
+        best = rank is not None and rank < progress.best
+        if rank is not None and best:
+            progress.best, progress.best_step = rank, progress.step
         if self.config.train.sample_tokens:
             self._write_sample(progress)
         self.save(progress, best=best)
-        draw_curves(self.folder)
+        # a picture takes a second or two; the last one is drawn when the run ends
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
+            draw_curves(self.folder)
+            self.drawn = time.monotonic()
         self.window = (time.monotonic(), progress.tokens)
+
+    def judge(self, progress: Progress, whole: bool = False) -> list[float] | None:
+        """The rank of the model by what is held out, after it has been told and logged; None if nothing is."""
+        heldout = self.task.evaluate(whole=whole)
+        if heldout is None:
+            return None
+        self.heldout = heldout
+        row = {f"heldout_{name}": value for name, value in self.task.row(heldout).items()}
+        self.out.row(_moment(progress) | row)
+        self.out.say(f"step {progress.step}: {self.task.told(heldout)}")
+        return self.task.rank(heldout)
 
     def save(self, progress: Progress, best: bool = False) -> None:
         """Write a checkpoint of this moment."""
@@ -286,7 +299,7 @@ class Run:
             self.save(self.progress)
         step = self.progress.step
         batch = self.folder / f"non-finite-step-{step + 1}.safetensors"
-        save_file(self.trainer.objective.examples(step), batch)
+        save_file(self.trainer.objective.batch(step), batch)
         return NonFiniteLoss(
             f"{error}. The weights of step {step} are in {self.folder / 'checkpoints' / 'last'}, the "
             f"tokens in {batch}. Lower train.lr (its peak is {self.trainer.peak_lr:.2g}) or train.clip, or set "

@@ -13,13 +13,13 @@ Knows nothing of preferences: it answers log-probabilities.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from glade.model.state import State
+from glade.train.examples import lay_out
 
 Forward = Callable[..., tuple[Tensor, State]]
 """A `LanguageModel`, compiled or not."""
@@ -54,17 +54,11 @@ def pack(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> 
     prompt_of = [row.setdefault(tuple(prompt), len(row)) for prompt in prompts]
     inputs = [[prompt[-1], *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
     return PackedAnswers(
-        *_laid([prompt[:-1] for prompt in row]),
+        *lay_out([prompt[:-1] for prompt in row]),
         torch.tensor(prompt_of),
-        _laid(inputs)[0],
-        *_laid(answers),
+        lay_out(inputs)[0],
+        *lay_out(answers),
     )
-
-
-def _laid(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The documents in one row [1, tokens] int64, and their borders."""
-    ids = torch.tensor(list(chain.from_iterable(documents)), dtype=torch.int64)
-    return ids[None], torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32)
 
 
 def token_log_probs(forward: Forward, packed: PackedAnswers) -> tuple[Tensor, Tensor | None]:

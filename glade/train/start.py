@@ -12,12 +12,14 @@ from glade.errors import CheckpointError, ConfigError
 from glade.interop.load import find_checkpoint
 from glade.model.checkpoint import load_weights, read_checkpoint
 from glade.model.lm import LanguageModel
+from glade.train.align_config import DpoRun, SftRun
 from glade.train.config import TrainRun
-from glade.train.resume import newest_run
+from glade.train.resume import newest_run, saved_config
 
 
-def resumed(overrides: Mapping[str, Any]) -> TrainRun | None:
-    """With `--resume`, the saved config of the run, to which this command's other settings are applied.
+def resumed(overrides: Mapping[str, Any], kind: type[Any] = TrainRun) -> Any:
+    """With `--resume`, the saved config of the run, to which this command's other settings are applied; it no longer
+    stops where it was told to before.
 
     Raises:
         CheckpointError: there is nothing to resume.
@@ -28,7 +30,17 @@ def resumed(overrides: Mapping[str, Any]) -> TrainRun | None:
     folder = newest_run() if named is None else Path(str(named))
     if not (folder / "checkpoints" / "last").is_dir():
         raise CheckpointError(f"{folder} has no checkpoints/last to resume from; start it without --resume")
-    return settings.replace(settings.load(TrainRun, folder / "config.yaml"), {"run": str(folder)})
+    return settings.replace(saved_config(kind, folder), {"run": str(folder), "train.stop_after": None})
+
+
+def resumed_sft(overrides: Mapping[str, Any]) -> Any:
+    """`resumed` for `glade sft`."""
+    return resumed(overrides, SftRun)
+
+
+def resumed_dpo(overrides: Mapping[str, Any]) -> Any:
+    """`resumed` for `glade dpo`."""
+    return resumed(overrides, DpoRun)
 
 
 def initialised(overrides: Mapping[str, Any]) -> TrainRun | None:
