@@ -275,7 +275,7 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], parameters
             "steps_per_s": f"{1 / medians[name]:.3f}",
             "times_trl": f"{medians['trl'] / medians[name]:.2f}",
             "versions": versions,
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(["python bench/dpo.py", *sys.argv[1:]]),
         }
         for name, values in seconds.items()
     ]
