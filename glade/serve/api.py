@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
@@ -21,7 +22,7 @@ from glade.serve.guard import Guard
 from glade.serve.metrics import Metrics
 from glade.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, read_request
 from glade.serve.refusal import Refusal
-from glade.serve.respond import Responder
+from glade.serve.respond import CLIENT_GONE, Responder
 from glade.serve.served import Served, find_served
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
@@ -196,6 +197,7 @@ def create_app(models: Mapping[str, Served], settings: ServeSettings) -> ASGIApp
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(GladeError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _broken)
     if settings.ui:
         # a slow import, and one that a server without the page does without
@@ -222,6 +224,11 @@ async def _http(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not for {request.url.path[:200]}",
     }
     return Refusal(error.status_code, said.get(error.status_code, error.detail), headers=error.headers).response()
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    """The client left before its request was whole: nobody reads this, the status is for the metrics."""
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _broken(_: Request, __: Exception) -> Response:

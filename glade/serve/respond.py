@@ -23,6 +23,9 @@ from glade.serve.served import Served
 
 T = TypeVar("T")
 
+# nginx's word for it; nobody reads it but the metrics
+CLIENT_GONE = 499
+
 _log = logging.getLogger(__name__)
 
 
@@ -71,8 +74,7 @@ class Responder:
             raise Refusal(500, str(error), code="engine_error") from error
         except ClientGone:
             self._metrics.disconnected(served.name)
-            # nobody reads it; the status is for the metrics
-            return Response(status_code=499)
+            return Response(status_code=CLIENT_GONE)
         finally:
             answers.cancel()
         chosen = _best(choices, len(task.prompts), num)

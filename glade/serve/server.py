@@ -60,7 +60,8 @@ def make_server(app: ASGIApp, settings: ServeSettings) -> uvicorn.Server:
         http=partial(Connection, settings),  # type: ignore[arg-type]  # it only calls it
         ws="none",
         lifespan="on",
-        log_level="warning",
+        # a warning for every connection that sends no HTTP would fill a disk
+        log_level="error",
         access_log=False,
         server_header=False,
         timeout_keep_alive=max(1, round(settings.idle_seconds)),

@@ -148,6 +148,16 @@ def test_a_client_that_leaves_takes_its_answers_along(server: Any, client: OpenA
     assert 'glade_disconnects_total{model="base"} 2.0' in metrics
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_request_is_no_fault(
+    server: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as s:
+        s.sendall(head + b"Content-Length: 100\r\n\r\n{")
+    assert until(lambda: 'status="499"' in httpx.get(server.url + "/metrics").text)
+    assert not caplog.records
+
+
 def test_an_answer_may_take_so_long_and_no_longer(start: Any) -> None:
     with start(max_seconds=0.3) as server, server.client() as client:
         with pytest.raises(openai.InternalServerError) as caught:
