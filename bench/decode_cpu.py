@@ -5,9 +5,9 @@
 
 One process. Our native step, the model's own `step_` in torch, and llama.cpp on a Llama of the same number of
 parameters (head tied, random weights, same precision: F32, BF16, Q8_0; llama_cpp_decode.py) take turns, with copies of
-256 MB between them, so that whatever else the machine does meets all alike. Lower quartiles: a disturbed call is only ever
-slower. `share` is the bytes that a token must read and write (weights once, the state twice) over its time, against the
-upper quartile of the copies: bytes read and written by torch's `copy_`, on as many threads.
+256 MB between them, so that whatever else the machine does meets all alike. Lower quartiles: a disturbed call is only
+ever slower. `share` is the bytes that a token must read and write (weights once, the state twice) over its time,
+against the upper quartile of the copies: bytes read and written by torch's `copy_`, on as many threads.
 """
 
 import argparse

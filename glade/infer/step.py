@@ -38,10 +38,11 @@ class Step(Protocol):
 def decode_step(model: LanguageModel) -> Step:
     """The decode step of `model` as it is whenever it is called: weights may change, move or be cast between calls.
 
-    On the CPU a native program runs the whole model in one call. Activations are fp32 whatever the weights are, but
-    rounded to bf16 for products with bf16 weights where the processor multiplies pairs of them. A row's result is the
-    same to the bit in any batch and with any number of threads. What cannot run so (`reason` says why: a mixture of
-    experts, fp16 and fp64 weights, active dropout, another device) goes through `LanguageModel.step_`.
+    On the CPU a native program runs the whole model in one call. Activations are fp32 whatever the weights are; only a
+    batch of several rows rounds them to bf16 for products with bf16 weights, where the processor multiplies pairs of
+    them. A row's result is the same to the bit with any number of threads and in any batch (of bf16 weights: in any
+    of several rows). What cannot run so (`reason` says why: a mixture of experts, fp16 and fp64 weights, active
+    dropout, another device) goes through `LanguageModel.step_`.
 
     Weights of 8 bits (`glade.model.quantized`) are read as such by the native program alone: on a CPU that cannot run
     it they are refused, elsewhere each product widens them first.

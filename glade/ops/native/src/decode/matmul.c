@@ -35,26 +35,27 @@ static Block block_of(const Matmul *op, long task) {
     return (Block){part, first, end < m->rows ? end : m->rows};
 }
 
-/* whether the input is wanted in bfloat16: all matrices are that, and the processor multiplies pairs of them */
-static int is_paired(const Matmul *op) {
-    int paired = HAS_PAIRS;
+/* whether the input is wanted in bfloat16: all matrices are that, and the processor multiplies pairs of them. One row
+ * waits for the memory alone, and widening its weights reads them faster (by a fifth on a Zen 4). */
+static int is_paired(const Run *run, const Matmul *op) {
+    int paired = HAS_PAIRS && run->num_rows > 1;
     for (int i = 0; i < op->num_parts; i++) paired &= op->parts[i].matrix.dtype == BFLOAT16;
     return paired;
 }
 
 /* floats from one prepared row of the input to the next */
-static long input_pitch(const Matmul *op) {
-    return is_paired(op) ? (op->columns + PAIRED - 1) / PAIRED * PAIRED / 2 : padded(op->columns);
+static long input_pitch(const Run *run, const Matmul *op) {
+    return is_paired(run, op) ? (op->columns + PAIRED - 1) / PAIRED * PAIRED / 2 : padded(op->columns);
 }
 
 size_t NAME(matmul_floats)(const Run *run, const Matmul *op) {
-    return run->num_rows * input_pitch(op) + padded(op->columns) + PAIRED;
+    return run->num_rows * input_pitch(run, op) + padded(op->columns) + PAIRED;
 }
 
 /* where row `row` of the input stands: prepared once by each thread that takes tasks of the instruction */
 static const float *input_row(const Run *run, const Matmul *op, const Worker *worker, long row) {
-    if (op->norm.kind == NO_NORM && !is_paired(op)) return place(run, row, op->input);
-    return worker->memory + row * input_pitch(op);
+    if (op->norm.kind == NO_NORM && !is_paired(run, op)) return place(run, row, op->input);
+    return worker->memory + row * input_pitch(run, op);
 }
 
 /* y [whole lines] = x in bfloat16 */
@@ -66,8 +67,8 @@ static void to_pairs(uint16_t *y, const float *x, long n) {
 
 static void prepare_input(const Run *run, const Instruction *instruction, Worker *worker) {
     const Matmul *op = &instruction->matmul;
-    long number = instruction - run->instructions, pitch = input_pitch(op);
-    int paired = is_paired(op), normed = op->norm.kind != NO_NORM;
+    long number = instruction - run->instructions, pitch = input_pitch(run, op);
+    int paired = is_paired(run, op), normed = op->norm.kind != NO_NORM;
     if ((!normed && !paired) || worker->prepared == number) return;
     worker->prepared = number;
     float *room = worker->memory + run->num_rows * pitch;
@@ -183,7 +184,7 @@ void NAME(matmul)(const Run *run, const Instruction *instruction, long task, Wor
     prepare_input(run, instruction, worker);
     int batch = run->num_rows < 3 ? (int)run->num_rows : MOST_BATCH, rows = LANES / batch;
     Tile t = {.run = run, .op = op, .part = block.part, .rows = rows, .batch = batch, .first = block.first,
-              .paired = is_paired(op)};
+              .paired = is_paired(run, op)};
     for (; t.first + rows <= block.end; t.first += rows) tiles_of_batch(&t, worker);
     for (t.rows = 1; t.first < block.end; t.first++) tiles_of_batch(&t, worker);
 }

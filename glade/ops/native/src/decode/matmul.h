@@ -58,32 +58,34 @@ INLINE vec last_products(const char *weights, const float *const *x, long column
     return load(sums);
 }
 
-/* dtype PAIRS: BFLOAT16 times rows of x in bfloat16, padded with zeros to whole lines: where the processor has products of pairs,
- * they do twice the work of widening */
+/* dtype PAIRS: BFLOAT16 times rows of x in bfloat16, padded with zeros to whole lines. Where the processor multiplies
+ * pairs, one instruction does what widening takes six for. */
 enum { PAIRS = 3, PAIRED = 32 };
 
 #ifdef BFLOAT16_PAIRS
 enum { HAS_PAIRS = 1 };
+/* one line of weights, `at` to `at` + PAIRED, at `line` + r * pitch */
+INLINE void add_line(vec *sums, const char *line, long pitch, const float *const *x, long at, int rows, int batch) {
+    UNROLL for (int r = 0; r < rows; r++) {
+        uvec w = *(const uvec_at *)(line + r * pitch);
+        UNROLL for (int b = 0; b < batch; b++)
+            sums[r * batch + b] = add_pair_products(sums[r * batch + b], w, *(const uvec_at *)(x[b] + at / 2));
+    }
+}
+
 INLINE void add_pairs(vec *sums, const char *weights, const float *const *x, long columns, int rows, int batch) {
     const long pitch = columns * 2;
     const char *ahead = weights + ROWS_AHEAD * pitch;
-    for (long at = 0; at < columns; at += PAIRED) {
-        const char *line = weights + at * 2;
-        uint16_t part[LANES][PAIRED];
-        if (at + PAIRED > columns) {
-            for (int r = 0; r < rows; r++) {
-                memset(part[r], 0, sizeof part[r]);
-                memcpy(part[r], line + r * pitch, (columns - at) * 2);
-            }
-        }
-        UNROLL for (int r = 0; r < rows; r++) {
-            __builtin_prefetch(ahead + r * pitch + at * 2, 0, 2);
-            const void *from = at + PAIRED > columns ? (const void *)part[r] : line + r * pitch;
-            uvec w = *(const uvec_at *)from;
-            UNROLL for (int b = 0; b < batch; b++)
-                sums[r * batch + b] = add_pair_products(sums[r * batch + b], w, *(const uvec_at *)(x[b] + at / 2));
-        }
+    long at = 0;
+    for (; at + PAIRED <= columns; at += PAIRED) {
+        UNROLL for (int r = 0; r < rows; r++) __builtin_prefetch(ahead + r * pitch + at * 2, 0, 2);
+        add_line(sums, weights + at * 2, pitch, x, at, rows, batch);
     }
+    if (at == columns) return;
+    uint16_t rest[LANES][PAIRED];
+    memset(rest, 0, rows * sizeof *rest);
+    for (int r = 0; r < rows; r++) memcpy(rest[r], weights + r * pitch + at * 2, (columns - at) * 2);
+    add_line(sums, (const char *)rest, sizeof *rest, x, at, rows, batch);
 }
 #else
 enum { HAS_PAIRS = 0 };

@@ -3,7 +3,8 @@
  * Python lowers a model once to instructions (glade/infer/native), which name weights by address, activations by their
  * place in a workspace, and the model's state by an index into a table that every run brings along. An instruction is
  * split in tasks that any thread may take in any order; the next one begins when all of them are done. What a task
- * computes depends neither on the number of threads nor on the other rows of the batch, to the bit.
+ * computes does not depend on the number of threads, to the bit, nor on the other rows of the batch; but several rows with
+ * BFLOAT16 weights are rounded to that where the processor multiplies pairs of them, and a single one is not.
  *
  * Every member is 8 bytes wide, so that the records look the same from Python. */
 #ifndef GLADE_PROGRAM_H
