@@ -9,12 +9,14 @@ is only ever slower. Nothing is timed before its output agrees with ours. The pe
 transformers (`torch_chunk_gated_delta_rule`), FLA's naive references, bitsandbytes-cpu-fork's fused kernel, llama.cpp's
 op (ggml_op.py; forward only), and torch's causal softmax attention. The row "fp32 GEMM" is the time in which a product
 of 512 x 512 matrices, also taking its turn, does as many operations: there the ratio is the share of that peak. With
-several threads the row "glade, 1 thread" says what they gain.
+several threads the row "glade, 1 thread" says what they gain. `others_cores` is how many cores other processes kept
+busy meanwhile: rows with several threads mean something only where it is near 0.
 """
 
 import argparse
 import csv
 import importlib.util
+import os
 import platform
 import statistics
 import sys
@@ -38,7 +40,8 @@ RESULTS = Path(__file__).parent / "results" / "cpu_ops.csv"
 OPS = ("gdn", "kda", "gdn2", "gla")
 SHAPES = ("8x256x4x64", "1x2048x8x64", "1x2048x8x128", "1x8192x8x64")
 COLUMNS = ["op", "shape", "dtype", "device", "threads", "versions", "median_ms", "p20_ms", "p25_ms", "p80_ms"]
-COLUMNS += ["peer", "peer_median_ms", "peer_p25_ms", "ratio", "peak_bytes", "command"]
+COLUMNS += ["peer", "peer_median_ms", "peer_p25_ms", "ratio", "peak_bytes", "others_cores", "command"]
+PRINTED = ("op", "shape", "threads", "p25_ms", "peer", "peer_p25_ms", "ratio", "others_cores")
 MODES = ("forward", "forward+backward")
 CHUNK = 16
 Inputs = dict[str, Tensor]
@@ -173,6 +176,16 @@ def flops(op: str, B: int, T: int, H: int, D: int, mode: str) -> float:
     return B * T * H * (products * 2 * D * D + triangles * CHUNK * D)
 
 
+def others_cpu_s() -> float:
+    """Processor seconds that other processes have used since the machine started; nan where nobody counts them."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return float("nan")
+    _, user, nice, system, *_ = stat.read_text().split("\n", 1)[0].split()
+    own = os.times()
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
 def on_one_thread(work: Callable[[], object]) -> Callable[[], object]:
     def alone() -> None:
         threads = torch.get_num_threads()
@@ -212,7 +225,9 @@ def measure(op: str, shape: tuple[int, int, int, int], given: argparse.Namespace
         before = peak_bytes()
         works["glade"]()
         after = peak_bytes()
+        started, others_before = time.perf_counter(), others_cpu_s()
         times = interleaved_ms(works, given.seconds)
+        others = (others_cpu_s() - others_before) / (time.perf_counter() - started)
         rate = 2 * 512**3 / lower_quartile(times["gemm"])
         times["fp32 GEMM"] = [flops(op, B, T, H, D, mode) / rate] * len(times.pop("gemm"))
         ours = times.pop("glade")
@@ -230,6 +245,7 @@ def measure(op: str, shape: tuple[int, int, int, int], given: argparse.Namespace
                 "peer_p25_ms": f"{lower_quartile(theirs):.2f}",
                 "ratio": f"{lower_quartile(theirs) / lower_quartile(ours):.2f}",
                 "peak_bytes": "" if after is None or before is None else after - before,
+                "others_cores": f"{others:.2f}",
             }
 
 
@@ -301,7 +317,7 @@ def main() -> None:
                 rows = [{**constant, "threads": threads, **row} for row in measure(op, dims, given)]
                 write_rows(given.out, rows)
                 for row in rows:
-                    print(*(row[name] for name in ("op", "shape", "threads", "p25_ms", "peer", "peer_p25_ms", "ratio")))
+                    print(*(row[name] for name in PRINTED))
 
 
 if __name__ == "__main__":
