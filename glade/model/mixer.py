@@ -90,10 +90,10 @@ def joint(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
 
     So x is read once, its gradient is one product too, and what one op reads (q, k and v of a convolution) comes as one
     tensor. The weights are laid end to end for it; a single token a row, x [B, D], costs less than that, and an adapted
-    map has a forward of its own: these are applied one by one.
+    or watched map must be called itself: these are applied one by one.
     """
     maps = [m for group in groups for m in group]
-    if x.dim() < 3 or any(type(m) is not nn.Linear for m in maps):
+    if x.dim() < 3 or any(type(m) is not nn.Linear or m._forward_hooks or m._forward_pre_hooks for m in maps):
         return [torch.cat([m(x) for m in group], -1) if len(group) > 1 else group[0](x) for group in groups]
     bias = None
     if any(m.bias is not None for m in maps):
