@@ -91,8 +91,9 @@ class Api:
         return JSONResponse(_describe(self._model(name)))
 
     async def health(self) -> Response:
-        if self.closing:
-            raise Refusal(503, "the server is stopping")
+        dead = [name for name, served in self.models.items() if not served.engine.alive]
+        if self.closing or dead:
+            raise Refusal(503, f"the engine of {', '.join(dead)} has stopped" if dead else "the server is stopping")
         return JSONResponse({"status": "ok", "models": list(self.models)})
 
     async def show_metrics(self) -> Response:

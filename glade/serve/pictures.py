@@ -87,7 +87,7 @@ def bars(ranked: Sequence[tuple[str, float]], drawn: str | None = None) -> str:
     """The most likely tokens at one place as bars: text and probability, best first; `drawn` is what stands there."""
     best = max((p for _, p in ranked), default=1.0)
     rows = "".join(
-        f'<tr class="{_DRAWN[text == drawn]}"><td><code>{html.escape(repr(text)[1:-1])}</code></td>'
+        f'<tr class="{_DRAWN[text == drawn]}"><td><code>{html.escape(repr(text)[1:-1].replace(" ", "␣"))}</code></td>'
         f'<td class="bar"><div style="width:{100 * p / best:.1f}%"></div></td><td>{100 * p:.2f} %</td></tr>'
         for text, p in ranked
     )

@@ -278,6 +278,10 @@ def test_in_a_browser(with_page: Any, chromium: Any) -> None:
     def holds(selector: str, condition: str) -> None:
         view.wait_for_function(f"(e => {condition})(document.querySelector({selector!r}))")
 
+    model = with_page.models["base"].model
+    # one that goes on for a while: there is something to watch, and to stop
+    texts = ((seed, generate(model, "Once", max_new_tokens=150, seed=seed)) for seed in range(1000))
+    view.fill("#seed input, #seed textarea", str(next(seed for seed, text in texts if len(text) == 150)))
     view.fill("#length input[type=number]", "4000")
     view.fill("#prompt textarea", "Once")
     view.click("#write")
@@ -291,7 +295,7 @@ def test_in_a_browser(with_page: Any, chromium: Any) -> None:
     view.fill("#seed input, #seed textarea", "5")
     view.click("#write")
     holds("#status", "e.innerText.includes('20 tokens') && e.innerText.includes('seed 5')")
-    wanted = generate(with_page.models["base"].model, "Once", max_new_tokens=20, temperature=0.8, seed=5)
+    wanted = generate(model, "Once", max_new_tokens=20, temperature=0.8, seed=5)
     assert view.input_value("#output textarea") == "Once" + wanted
 
     open_tab("Chat")

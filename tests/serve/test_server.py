@@ -250,6 +250,15 @@ def test_stopping_does_not_wait_for_ever(start: Any) -> None:
     client.close()
 
 
+def test_a_server_without_its_engine_is_not_healthy(start: Any) -> None:
+    with start() as server, server.client() as client:
+        assert httpx.get(server.url + "/health").json() == {"status": "ok", "models": ["base", "chat"]}
+        server.models["base"].engine.close()
+        assert "engine of base" in check_error(httpx.get(server.url + "/health"), 503)["message"]
+        with pytest.raises(openai.APIStatusError, match="closed"):
+            client.completions.create(model="base", prompt="a")
+
+
 def test_the_metrics_add_up(start: Any) -> None:
     with start() as server, server.client() as client:
         client.completions.create(model="base", prompt="abc", max_tokens=5)
