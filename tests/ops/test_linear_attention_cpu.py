@@ -1,6 +1,7 @@
 """The `cpu` backend beyond what every backend is held to: strides, dims, builds, threads, forks, and its absence."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -217,6 +218,12 @@ def test_unknown_builds_and_missing_libraries(tmp_path):
         native.Library(isa="sse9")
     with pytest.raises(OSError):
         native.Library(tmp_path / "libglade_cpu.so")
+
+
+def test_the_library_needs_nothing_but_the_c_library():
+    """No second OpenMP, nothing of torch's or Python's: so one file serves every machine with a C library."""
+    needed = set(re.findall(rb"(?<=\0)(?:lib|ld-)[\w+.-]*?\.so(?:\.\d+)*(?=\0)", native.PATH.read_bytes()))
+    assert needed and {name.split(b".so")[0] for name in needed} <= {b"libc", b"libm", b"libpthread"}, needed
 
 
 WITHOUT = """
