@@ -8,7 +8,8 @@ them. For every linear mixer there are a softmax model of glade's and a plain GP
 feed-forward width makes up the parameters (within 2 %). All contenders live in one process and take turns step by
 step, so that whatever else the machine does meets all alike. Every contender runs in every precision given; `ratio` is
 the linear mixer's tokens/s over the contender's, best precision of each, by lower quartiles of the step's time, since a
-disturbed step is only ever slower.
+disturbed step is only ever slower. `--clock cpu --threads 1` counts the process's own CPU time: for machines that are
+not idle.
 """
 
 import argparse
@@ -34,9 +35,21 @@ from glade.train.config import TrainSettings
 from glade.train.optim import build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "cpu_train.csv"
-COLUMNS = ["mixer", "contender", "context", "batch_tokens", "precision", "compiled", "parameters", "device", "threads"]
+COLUMNS = [
+    "mixer",
+    "contender",
+    "context",
+    "batch_tokens",
+    "precision",
+    "compiled",
+    "parameters",
+    "device",
+    "threads",
+    "clock",
+]
 COLUMNS += ["versions", "median_ms", "p25_ms", "p80_ms", "tokens_per_s", "ratio", "first_step_s", "command"]
 VOCAB = 101
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STEP_OF_WIDTH = 8
 
 
@@ -83,10 +96,11 @@ class Contender:
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     precision: str
+    clock: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
 
     def step(self, ids: Tensor, targets: Tensor) -> None:
-        begin = time.perf_counter()
+        begin = self.clock()
         with torch.autocast("cpu", dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext():
             loss = self.loss(ids, targets)
         loss.backward()
@@ -94,7 +108,7 @@ class Contender:
         assert torch.isfinite(loss) and torch.isfinite(norm), f"{self.name}: loss {loss}, norm {norm}"
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.seconds.append(time.perf_counter() - begin)
+        self.seconds.append(self.clock() - begin)
 
     @property
     def parameters(self) -> int:
@@ -134,7 +148,7 @@ def contenders(mixer: str, args: argparse.Namespace, context: int, precision: st
                 forward(ids, targets=targets, return_state=False)[0].sum() / ids.numel()
             )
             optimizer = build_optimizer(model, settings, 1e-3)
-        found.append(Contender(name, model, loss, optimizer, precision))
+        found.append(Contender(name, model, loss, optimizer, precision, CLOCKS[args.clock]))
     return found
 
 
@@ -186,6 +200,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--compile", action="store_true", help="torch.compile every contender")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="wall, or this process's CPU time")
     parser.add_argument("--device", default=platform.processor() or platform.machine(), help="how to call this machine")
     parser.add_argument("--out", type=Path, default=None, help=f"append rows to this file, such as {RESULTS}")
     args = parser.parse_args()
@@ -194,7 +209,12 @@ def main() -> None:
     rows = [row for mixer in args.mixers for context in args.contexts for row in measure(mixer, context, args)]
     if args.out is None:
         return
-    common = {"device": args.device, "threads": args.threads, "command": "python " + " ".join(sys.argv)}
+    common = {
+        "device": args.device,
+        "threads": args.threads,
+        "clock": args.clock,
+        "command": "python " + " ".join(sys.argv),
+    }
     common["versions"] = f"torch {torch.__version__}, python {platform.python_version()}"
     fresh = not args.out.exists()
     with open(args.out, "a", newline="", encoding="utf-8") as file:
