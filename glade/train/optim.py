@@ -31,9 +31,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
 
 
-def pretraining_learning_rate(dim: int) -> float:
-    """0.004 at width 128 falling as 1 / sqrt(width): wider models need smaller steps."""
-    return 0.004 * (128 / dim) ** 0.5
+def peak_learning_rate(settings: LoopSettings, dim: int) -> float:
+    """`train.lr`, or for pretraining 0.004 at width 128 falling as 1 / sqrt(width): wider models need smaller steps."""
+    return settings.lr if settings.lr is not None else 0.004 * (128 / dim) ** 0.5
 
 
 def build_optimizer(model: nn.Module, settings: LoopSettings, lr: float) -> torch.optim.AdamW:

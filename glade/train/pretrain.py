@@ -18,7 +18,7 @@ from glade.interop.load import find_device
 from glade.train.config import TrainRun
 from glade.train.loop import Pass
 from glade.train.loss import next_token_loss
-from glade.train.optim import pretraining_learning_rate
+from glade.train.optim import peak_learning_rate
 from glade.train.resume import open_run
 from glade.train.run import Results, Run, precision_context, report
 from glade.train.start import starting_model
@@ -88,7 +88,7 @@ class Pretraining:
         self.model, self.copied = starting_model(self.config, self.folder, self.tokenizer)
         self.model.to(self.device).train()
         self.steps, self.minutes = config.train.steps, config.train.minutes
-        self.peak_lr = config.train.lr or pretraining_learning_rate(model.dim)
+        self.peak_lr = peak_learning_rate(config.train, model.dim)
 
     def objective(self, forward: Callable[..., Any]) -> NextTokens:
         train, data = self.config.train, self.config.data
