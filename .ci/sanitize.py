@@ -1,4 +1,4 @@
-"""Runs the tests of the CPU kernel against a build with the address and the undefined-behaviour sanitizer.
+"""Runs the tests of the CPU kernels against a build with the address and the undefined-behaviour sanitizer.
 
 The first error ends the run. `make sanitize` calls it.
 """
@@ -12,8 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 TESTS = ["tests/ops/test_linear_attention.py", "tests/ops/test_linear_attention_cpu.py"]
+# every test of these is about a kernel; of the others those whose name has the backend's
+TESTS += ["tests/ops/test_elementwise.py", "tests/infer/test_step.py"]
 # the child without a library, and the compiler of torch, run programs of their own under the same sanitizer
-LEFT_OUT = "cpu and not torch-  and not without_the_library and not compiles"
+CHOSEN = "(cpu or test_elementwise or test_step) and not torch- and not without_the_library and not compiles"
 
 
 def build(library: Path) -> None:
@@ -42,7 +44,7 @@ def test(library: Path) -> int:
 
     native.PATH = library
     native.LIBRARY = native.Library()
-    return pytest.main([*TESTS, "-x", "--capture=sys", "-p", "no:cacheprovider", "-m", "not slow", "-k", LEFT_OUT])
+    return pytest.main([*TESTS, "-x", "--capture=sys", "-p", "no:cacheprovider", "-m", "not slow", "-k", CHOSEN])
 
 
 if __name__ == "__main__":
