@@ -11,6 +11,13 @@ _OUT_OF_MEMORY = (
     "train.batch_tokens, data.context (tokens a window) or model.dim; docs/troubleshooting.md says more"
 )
 
+# what an optional part of glade is installed with, by the names that it imports
+_EXTRAS = {
+    "serve": ("fastapi", "gradio", "h11", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"),
+    "data": ("datasets", "pyarrow", "zstandard"),
+    "track": ("tensorboard", "wandb"),
+}
+
 
 def explain(error: BaseException) -> str:
     """One message for `error`: what went wrong and what to do, no traceback."""
@@ -21,6 +28,8 @@ def explain(error: BaseException) -> str:
         return disk_full(getattr(error, "filename", None))
     if isinstance(error, GladeError):
         return text
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra(error.name)):
+        return f"{error.name} is not installed, which this needs: pip install 'glade[{extra}]'"
     if isinstance(error, FileNotFoundError):
         return f"there is no file {error.filename}" if error.filename else text
     if isinstance(error, OSError):
@@ -30,6 +39,12 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ValueError):
         return text
     return f"{type(error).__name__}: {text}\nThis is a fault of glade; --debug shows where. Please report it."
+
+
+def _extra(module: str | None) -> str | None:
+    """The extra that brings a module, or None if it is no optional one."""
+    package = (module or "").split(".")[0]
+    return next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
 
 
 def is_disk_full(error: BaseException) -> bool:

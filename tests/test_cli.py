@@ -240,6 +240,12 @@ def test_a_full_disk_is_named_by_where_the_verb_writes(
     assert re.search(r"\d MB are free there", shown)
 
 
+def test_a_missing_optional_package_names_the_extra_that_brings_it() -> None:
+    said = explain(ModuleNotFoundError("No module named 'uvicorn.config'", name="uvicorn.config"))
+    assert "pip install 'glade[serve]'" in said and "fault of glade" not in said
+    assert "fault of glade" in explain(ModuleNotFoundError("No module named 'gladness'", name="gladness"))
+
+
 def test_the_keys_that_the_out_of_memory_message_names_exist() -> None:
     keys = {key.name for key in describe(cli._resolve(VERBS["train"].config))}
     named = set(re.findall(r"\b(?:train|data|model)\.\w+", explain(MemoryError())))
