@@ -1,6 +1,5 @@
 """Examples of answers to learn from: the layouts of instruction files, as token ids with the ones that are scored."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,16 +52,7 @@ def load_examples(config: RowsConfig, tokenizer: Tokenizer, seed: int) -> Split:
 
     Tokenizer and errors as in `glade.data.preference.load_pairs`.
     """
-    read = partial(
-        read_examples,
-        tokenizer=tokenizer,
-        chat_template=config.chat_template,
-        separator=config.separator,
-        max_tokens=config.max_tokens,
-        too_long=config.too_long,
-        bad_rows=config.bad_rows,
-    )
-    return load_split(config, read, lambda example: example.prompt, seed)
+    return load_split(config, tokenizer, read_examples, lambda example: example.prompt, seed)
 
 
 def read_examples(

@@ -1,7 +1,6 @@
 """Pairs of answers, one preferred to the other: the layouts of preference files, as token ids."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,16 +57,7 @@ def load_pairs(config: RowsConfig, tokenizer: Tokenizer, seed: int) -> Split:
         DataError: rows that cannot be used (each with its line), where they are an error; none left; one prompt in both
             files.
     """
-    read = partial(
-        read_pairs,
-        tokenizer=tokenizer,
-        chat_template=config.chat_template,
-        separator=config.separator,
-        max_tokens=config.max_tokens,
-        too_long=config.too_long,
-        bad_rows=config.bad_rows,
-    )
-    return load_split(config, read, lambda pair: pair.prompt, seed)
+    return load_split(config, tokenizer, read_pairs, lambda pair: pair.prompt, seed)
 
 
 def read_pairs(

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -204,8 +205,23 @@ def check_length(num_tokens: int, max_tokens: int | None) -> None:
         raise TooLong(f"{num_tokens} tokens, max_tokens is {max_tokens}")
 
 
-def load_split(config: RowsConfig, read: Callable[[Path], list[T]], prompt: Callable[[T], Sequence[int]], seed: int):
-    """The rows of the config's files as a `Split`, by `heldout_file` or by a share of the prompts."""
+def load_split(
+    config: RowsConfig,
+    tokenizer: Tokenizer,
+    read_file: Callable[..., list[T]],
+    prompt: Callable[[T], Sequence[int]],
+    seed: int,
+) -> Split:
+    """What `read_file` makes of the config's files as a `Split`, by `heldout_file` or by a share of the prompts."""
+    read = partial(
+        read_file,
+        tokenizer=tokenizer,
+        chat_template=config.chat_template,
+        separator=config.separator,
+        max_tokens=config.max_tokens,
+        too_long=config.too_long,
+        bad_rows=config.bad_rows,
+    )
     rows = read(config.file)
     if config.heldout_file is None:
         return split_by_prompt(rows, prompt, config.heldout, seed)

@@ -243,7 +243,7 @@ def test_custom_op_contract(given_state) -> None:
     tensors = inputs(1, 6, 4, 4, 2)
     state = tensors["state"].requires_grad_() if given_state else None
     arguments = (tensors["x"].requires_grad_(), tensors["weight"], None, state, borders([2, 4]), "silu", 2, 4)
-    for op in (torch.ops.glade.short_conv.default, torch.ops.glade.short_conv_cpu.default):
+    for op in (torch.ops.glade.short_conv_torch.default, torch.ops.glade.short_conv_cpu.default):
         torch.library.opcheck(op, arguments)
 
 

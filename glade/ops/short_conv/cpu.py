@@ -11,23 +11,11 @@ from torch import Tensor
 from glade.ops.native import address
 from glade.ops.native.rows import library, numbers, rows_of
 from glade.ops.packing import document_borders
-from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
+from glade.ops.short_conv.activation import L2_NORM_EPS
+from glade.ops.short_conv.register import final_like, no_gradient, register
 
 # the record ConvCall of src/elementwise/call.h
 _CALL = struct.Struct("=9q d q 12q 8q")
-
-
-def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: Activation,
-    l2norm_heads: int | None,
-    l2norm_channels: int,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels)
 
 
 def _exact(x: Tensor | None) -> Tensor | None:
@@ -68,13 +56,6 @@ def _run(
     library().call("glade_short_conv", record)
 
 
-def _final_like(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = x.dtype if state is None else state.dtype
-    return x.new_empty(num_documents, x.shape[2], weight.shape[1] - 1, dtype=dtype)
-
-
-@torch.library.custom_op("glade::short_conv_cpu", mutates_args=())
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -85,18 +66,12 @@ def _forward(
     l2norm_heads: int | None,
     l2norm_channels: int,
 ) -> tuple[Tensor, Tensor]:
-    y, final = x.new_empty(x.shape), _final_like(x, weight, state, cu_seqlens)
+    y, final = x.new_empty(x.shape), final_like(x, weight, state, cu_seqlens)
     exact = final.float()
     _run(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels, y=y, final=exact)
     return y, final if exact is final else final.copy_(exact)
 
 
-@_forward.register_fake
-def _(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
-    return x.new_empty(x.shape), _final_like(x, weight, state, cu_seqlens)
-
-
-@torch.library.custom_op("glade::short_conv_cpu_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
@@ -112,7 +87,7 @@ def _backward(
     """Gradients of x, weight, bias and state, the last two meaningless where there was none."""
     dx = x.new_empty(x.shape)
     dweight, dbias = weight.new_empty(weight.shape, dtype=torch.float32), weight.new_empty(len(weight)).float()
-    dstate = x.new_empty(0) if state is None else state.new_empty(state.shape, dtype=torch.float32)
+    dstate = no_gradient(x) if state is None else state.new_empty(state.shape, dtype=torch.float32)
     gradients = (dx, None if state is None else dstate, dweight, dbias)
     how = (activation, l2norm_heads, l2norm_channels)
     _run(x, weight, bias, state, cu_seqlens, *how, dy=dy, dfinal=dfinal, gradients=gradients)
@@ -124,26 +99,4 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(dy, dfinal, x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
-    dbias = weight.new_empty(x.shape[2]) if bias is None else bias.new_empty(bias.shape)
-    dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd_backward(ctx, dy, dfinal):
-    x, weight, bias, state, cu_seqlens = ctx.saved_tensors
-    how = (ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels)
-    dy = torch.zeros_like(x) if dy is None else dy
-    dx, dweight, dbias, dstate = _backward(dy, dfinal, x, weight, bias, state, cu_seqlens, *how)
-    dbias = None if bias is None else dbias
-    return dx, dweight, dbias, None if state is None else dstate, *(None,) * 4
-
-
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+short_conv = register("cpu", _forward, _backward)

@@ -15,19 +15,7 @@ from torch import Tensor
 
 from glade.ops.packing import document_borders
 from glade.ops.short_conv.activation import Activation, activate, activate_backward
-
-
-def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: Activation,
-    l2norm_heads: int | None,
-    l2norm_channels: int,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels)
+from glade.ops.short_conv.register import no_gradient, register
 
 
 class _Edges(NamedTuple):
@@ -117,7 +105,6 @@ def _kept(edges: _Edges, num_past: int) -> Tensor:
     return (edges.lengths + step).clamp(max=max(num_past - 1, 0))
 
 
-@torch.library.custom_op("glade::short_conv", mutates_args=())
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -133,17 +120,9 @@ def _forward(
     return y.to(x.dtype).view(x.shape), _final_state(x, state, sums.edges, weight.shape[1] - 1)
 
 
-@_forward.register_fake
-def _(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
-    num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = x.new_empty(num_documents, x.shape[2], weight.shape[1] - 1)
-    return x.new_empty(x.shape), final if state is None else final.to(state.dtype)
-
-
-@torch.library.custom_op("glade::short_conv_backward", mutates_args=())
 def _backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -168,16 +147,17 @@ def _backward(
     dx = _correlate(da, taps)
     tail = edges.tail[edges.in_tail]
     dx[tail] = _correlate(_rows(da, edges.tail, edges.in_tail), taps)[edges.in_tail]
-    dfinal = dfinal.transpose(1, 2).to(a.dtype)
-    dx[tail] += dfinal[edges.in_tail]
-    document, _ = (~edges.in_tail).nonzero(as_tuple=True)
-    dstate.index_put_((document, _kept(edges, num_past)[~edges.in_tail]), dfinal[~edges.in_tail], accumulate=True)
+    if dfinal is not None:
+        dfinal = dfinal.transpose(1, 2).to(a.dtype)
+        dx[tail] += dfinal[edges.in_tail]
+        document, _ = (~edges.in_tail).nonzero(as_tuple=True)
+        dstate.index_put_((document, _kept(edges, num_past)[~edges.in_tail]), dfinal[~edges.in_tail], accumulate=True)
     dtaps = _tap_gradients(tokens, da, opening, da_first, edges)
     return (
         dx.to(x.dtype).view(x.shape),
         dtaps.T.to(weight.dtype).contiguous(),
         dbias.to(weight.dtype if bias is None else bias.dtype),
-        dstate.transpose(1, 2).to(x.dtype if state is None else state.dtype).contiguous(),
+        no_gradient(x) if state is None else dstate.transpose(1, 2).to(state.dtype).contiguous(),
     )
 
 
@@ -195,27 +175,4 @@ def _tap_gradients(tokens: Tensor, da: Tensor, opening: Tensor, da_first: Tensor
     return dtaps
 
 
-@_backward.register_fake
-def _(dy, dfinal, x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
-    num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dbias = weight.new_empty(x.shape[2]) if bias is None else torch.empty_like(bias)
-    dstate = x.new_empty(num_documents, x.shape[2], weight.shape[1] - 1)
-    dstate = dstate if state is None else dstate.to(state.dtype)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd_backward(ctx, dy, dfinal):
-    x, weight, bias, state, cu_seqlens = ctx.saved_tensors
-    how = (ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels)
-    dx, dweight, dbias, dstate = _backward(dy, dfinal, x, weight, bias, state, cu_seqlens, *how)
-    dbias = None if bias is None else dbias
-    dstate = None if state is None else dstate
-    return dx, dweight, dbias, dstate, *(None,) * 4
-
-
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+short_conv = register("torch", _forward, _backward)

@@ -12,6 +12,7 @@ from torch import Tensor
 from glade.ops.linear_attention.triton.launch import checked_borders, device_of
 from glade.ops.packing import document_ids
 from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
+from glade.ops.short_conv.register import final_like, no_gradient, register
 from glade.ops.short_conv.triton.kernels import (
     activations_backward_kernel,
     final_state_kernel,
@@ -24,19 +25,6 @@ from glade.ops.short_conv.triton.kernels import (
 TILE = 4096  # elements of a tile of rows x channels; half as many in the backward, which holds three of them
 WIDTH = 64  # channels of a group where no norm asks for a head
 TILES = 16  # tiles of rows whose gradients of taps one program sums
-
-
-def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: Activation,
-    l2norm_heads: int | None,
-    l2norm_channels: int,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels)
 
 
 class _Call(NamedTuple):
@@ -78,13 +66,6 @@ def _rows_of(x: Tensor, D: int) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _final_like(x: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    num_documents = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = x.dtype if state is None else state.dtype
-    return x.new_empty(num_documents, x.shape[2], weight.shape[1] - 1, dtype=dtype)
-
-
-@torch.library.custom_op("glade::short_conv_triton", mutates_args=())
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -96,7 +77,7 @@ def _forward(
     l2norm_channels: int,
 ) -> tuple[Tensor, Tensor]:
     call = _call_of(x, cu_seqlens, l2norm_heads, l2norm_channels)
-    y, final = x.new_empty(x.shape), _final_like(x, weight, state, cu_seqlens)
+    y, final = x.new_empty(x.shape), final_like(x, weight, state, cu_seqlens)
     rows, weight, W = _rows_of(x, call.D), weight.contiguous(), weight.shape[1]
     state = None if state is None else state.contiguous()
     given = dict(STATE=state is not None, PACKED=call.borders is not None)
@@ -115,12 +96,6 @@ def _forward(
     return y, final
 
 
-@_forward.register_fake
-def _(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
-    return x.new_empty(x.shape), _final_like(x, weight, state, cu_seqlens)
-
-
-@torch.library.custom_op("glade::short_conv_triton_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
@@ -137,7 +112,7 @@ def _backward(
     call = _call_of(x, cu_seqlens, l2norm_heads, l2norm_channels)
     rows, dy, taps, W = _rows_of(x, call.D), _rows_of(dy, call.D), weight.contiguous(), weight.shape[1]
     dx, da = x.new_empty(x.shape), x.new_empty(x.shape)
-    dstate = x.new_empty(0) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+    dstate = no_gradient(x) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     state = None if state is None else state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
     BT = max(1, call.rows // 2)
@@ -167,28 +142,7 @@ def _backward(
     return dx, torch.empty_like(taps).copy_(sums[:W].T), dbias, dstate
 
 
-@_backward.register_fake
-def _(dy, dfinal, x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
-    dbias = weight.new_empty(x.shape[2]) if bias is None else bias.new_empty(bias.shape)
-    dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd_backward(ctx, dy, dfinal):
-    x, weight, bias, state, cu_seqlens = ctx.saved_tensors
-    how = (ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels)
-    dy = torch.zeros_like(x) if dy is None else dy
-    dx, dweight, dbias, dstate = _backward(dy, dfinal, x, weight, bias, state, cu_seqlens, *how)
-    return dx, dweight, None if bias is None else dbias, None if state is None else dstate, *(None,) * 4
-
-
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+short_conv = register("triton", _forward, _backward)
 
 
 def step_(

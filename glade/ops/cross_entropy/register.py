@@ -1,0 +1,87 @@
+"""Turns a backend's `forward` and `backward` into one differentiable torch custom op with fake tensors.
+
+A backend gives two plain functions on tensors; neither sees autograd, and `torch.compile` sees neither:
+
+    forward(x, weight, targets, bias, matmul_dtype) -> losses, normalisers (logsumexp of every token's logits)
+    backward(dlosses, normalisers, x, weight, targets, bias, matmul_dtype) -> gradients of x, weight and bias (which
+        means nothing where there was none)
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def chunks_of(num_tokens: int, vocab: int, dtype: torch.dtype, max_logits_bytes: int) -> Iterator[slice]:
+    """The tokens in pieces whose logits take at most so many bytes."""
+    size = max(1, max_logits_bytes // (max(vocab, 1) * dtype.itemsize))
+    return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
+
+
+def check_targets(targets: Tensor, vocab: int) -> None:
+    """
+    Raises:
+        ValueError: a target outside the vocabulary.
+    """
+    largest = int(targets.max()) if targets.numel() else -1
+    if largest >= vocab:
+        raise ValueError(f"the largest target is {largest}, but the vocabulary has {vocab} tokens, 0 to {vocab - 1}")
+
+
+def register(
+    name: str, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> Run:
+    """Defines `glade::linear_cross_entropy_{name}` and its backward, and returns the call behind the contract."""
+
+    def forward_op(
+        x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, matmul_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return forward(x, weight, targets, bias, matmul_dtype)
+
+    def backward_op(
+        dlosses: Tensor,
+        normalisers: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        matmul_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(dlosses, normalisers, x, weight, targets, bias, matmul_dtype)
+
+    op = torch.library.custom_op(f"glade::linear_cross_entropy_{name}", forward_op, mutates_args=())
+    d_op = torch.library.custom_op(f"glade::linear_cross_entropy_{name}_backward", backward_op, mutates_args=())
+
+    @op.register_fake
+    def _(x, weight, targets, bias, matmul_dtype):
+        dtype = torch.promote_types(matmul_dtype, torch.float32)
+        return x.new_empty(targets.shape, dtype=dtype), x.new_empty(targets.numel(), dtype=dtype)
+
+    @d_op.register_fake
+    def _(dlosses, normalisers, x, weight, targets, bias, matmul_dtype):
+        dbias = weight.new_empty(weight.shape[0]) if bias is None else torch.empty_like(bias)
+        return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+
+    def setup_context(ctx, inputs, output):
+        x, weight, targets, bias, ctx.matmul_dtype = inputs
+        ctx.save_for_backward(output[1], x, weight, targets, bias)
+
+    def backward_of(ctx, dlosses, dnormalisers):
+        normalisers, x, weight, targets, bias = ctx.saved_tensors
+        dx, dweight, dbias = d_op(dlosses, normalisers, x, weight, targets, bias, ctx.matmul_dtype)
+        return dx, dweight, None, None if bias is None else dbias, None
+
+    op.register_autograd(backward_of, setup_context=setup_context)
+
+    def run(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+        matmul_dtype = torch.promote_types(x.dtype, weight.dtype)
+        device = x.device.type
+        # as everywhere in torch, autocast leaves fp64 alone
+        if torch.is_autocast_enabled(device) and matmul_dtype != torch.float64:
+            matmul_dtype = torch.get_autocast_dtype(device)
+        return op(x, weight, targets, bias, matmul_dtype)[0]
+
+    return run
