@@ -12,13 +12,14 @@ from glade.ops.attention import AttentionState, attention, rope
 from glade.ops.cross_entropy import linear_cross_entropy
 from glade.ops.linear_attention import linear_attention, linear_attention_step_
 from glade.ops.log_decay import log_decay
-from glade.ops.rms_norm import rms_norm
+from glade.ops.rms_norm import add_rms_norm, rms_norm
 from glade.ops.rnn import rnn
 from glade.ops.short_conv import short_conv
 from glade.ops.swiglu import swiglu
 
 __all__ = [
     "AttentionState",
+    "add_rms_norm",
     "attention",
     "linear_attention",
     "linear_attention_step_",

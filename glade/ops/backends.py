@@ -16,6 +16,11 @@ def serves_all(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def never(*_: Any) -> Any:
+    """The call of a backend that is not installed: its `refuses` lets nothing through to here."""
+    raise AssertionError("a backend that refuses all calls was called")
+
+
 class Backend(NamedTuple):
     run: Callable[..., Any]
     # why this device and dtype cannot be served, or None if they can

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from glade.ops.backends import Backend, choose
-from glade.ops.log_decay import cpu, eager, reference
+from glade.ops.log_decay import cpu, eager, reference, triton
 from glade.ops.native import rows
 
 __all__ = ["BACKENDS", "Form", "log_decay"]
@@ -19,6 +19,7 @@ __all__ = ["BACKENDS", "Form", "log_decay"]
 Form = Literal["softplus", "logsigmoid"]
 
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(triton.log_decay, triton.refuses),
     "cpu": Backend(cpu.log_decay, rows.refuses),
     "torch": Backend(eager.log_decay),
     "reference": Backend(reference.log_decay, automatic=False),
@@ -35,7 +36,8 @@ def log_decay(
         rate:    [C], positive
         bias:    [C], None is zeros
         form:    "softplus" or "logsigmoid"
-        backend: "reference", "torch", "cpu" (fp32 and bf16 on the CPU), or "auto": the fastest installed
+        backend: "reference", "torch", "cpu" (fp32 and bf16 on the CPU), "triton" (on NVIDIA GPUs), or
+                 "auto": the fastest installed
 
     Returns:
         g [..., C].

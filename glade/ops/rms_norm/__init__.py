@@ -15,13 +15,14 @@ from torch import Tensor
 
 from glade.ops.backends import Backend, choose
 from glade.ops.native import rows
-from glade.ops.rms_norm import cpu, eager, reference
+from glade.ops.rms_norm import cpu, eager, reference, triton
 
-__all__ = ["BACKENDS", "GateActivation", "rms_norm"]
+__all__ = ["BACKENDS", "GateActivation", "add_rms_norm", "rms_norm"]
 
 GateActivation = Literal["silu", "sigmoid"]
 
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(triton.rms_norm, triton.refuses),
     "cpu": Backend(cpu.rms_norm, rows.refuses),
     "torch": Backend(eager.rms_norm),
     "reference": Backend(reference.rms_norm, automatic=False),
@@ -46,7 +47,8 @@ def rms_norm(
         gate:    like x, or None
         gate_activation: "silu" or "sigmoid"
         dtype:   of y, floating-point; None: x's
-        backend: "reference", "torch", "cpu" (fp32 and bf16 on the CPU), or "auto": the fastest installed
+        backend: "reference", "torch", "cpu" (fp32 and bf16 on the CPU), "triton" (on NVIDIA GPUs), or
+                 "auto": the fastest installed
 
     Returns:
         y like x, in `dtype`.
@@ -54,17 +56,49 @@ def rms_norm(
     Raises:
         ValueError: a shape, dtype or activation that does not fit. BackendError: `backend` cannot serve x.
     """
-    if x.dim() < 1 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}; give floating-point [..., n]")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight has shape {list(weight.shape)}; give [{x.shape[-1]}], one number a channel of x")
+    _check(x, weight, dtype)
     if gate is not None and (gate.shape != x.shape or not gate.is_floating_point()):
         raise ValueError(f"gate is {gate.dtype} of shape {list(gate.shape)}; give floating-point {list(x.shape)}")
     if gate_activation not in ("silu", "sigmoid"):
         raise ValueError(f"gate_activation is {gate_activation!r}; give 'silu' or 'sigmoid'")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; give a floating-point one")
     dtype = x.dtype if dtype is None else dtype
     dtypes = (x.dtype, dtype, x.dtype if gate is None else gate.dtype)
     run = BACKENDS[choose("rms_norm", BACKENDS, backend, x.device, *dtypes)].run
     return run(x, weight, gate, gate_activation, eps, dtype)
+
+
+def add_rms_norm(
+    x: Tensor, y: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The residual stream after a branch, and its norm: total = x + y, weight * total / sqrt(mean(total^2) + eps).
+
+    Args:
+        x:       [..., n]
+        y:       like x
+        weight:  [n]
+        eps:     as in `rms_norm`, like dtype (of the norm) and backend
+
+    Returns:
+        The norm in `dtype`, and the sum in x's: one pass over memory on NVIDIA GPUs, a sum and a norm elsewhere.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit. BackendError: `backend` cannot serve x.
+    """
+    _check(x, weight, dtype)
+    if y.shape != x.shape or not y.is_floating_point():
+        raise ValueError(f"y is {y.dtype} of shape {list(y.shape)}; give floating-point {list(x.shape)}")
+    dtype = x.dtype if dtype is None else dtype
+    chosen = choose("rms_norm", BACKENDS, backend, x.device, x.dtype, dtype, y.dtype)
+    if chosen == "triton":
+        return triton.add_rms_norm(x, y, weight, eps, dtype)
+    total = (x + y).to(x.dtype)
+    return BACKENDS[chosen].run(total, weight, None, "silu", eps, dtype), total
+
+
+def _check(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}; give floating-point [..., n]")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; give [{x.shape[-1]}], one number a channel of x")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; give a floating-point one")

@@ -4,14 +4,9 @@ import torch
 from torch import Tensor
 
 from glade.ops.native.rows import call, rows_of
+from glade.ops.rms_norm.register import register
 
 _KINDS = {"silu": 1, "sigmoid": 2}
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float, dtype: torch.dtype
-) -> Tensor:
-    return _forward(x, weight, gate, gate_activation, eps, dtype)
 
 
 def _heads(x: Tensor, gate: Tensor | None) -> int:
@@ -19,7 +14,6 @@ def _heads(x: Tensor, gate: Tensor | None) -> int:
     return 1 if gate is None or x.dim() < 2 else x.shape[-2]
 
 
-@torch.library.custom_op("glade::rms_norm_cpu", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -36,12 +30,6 @@ def _flat(x: Tensor | None, width: int) -> Tensor | None:
     return None if x is None else rows_of(x, width)
 
 
-@_forward.register_fake
-def _(x, weight, gate, gate_activation, eps, dtype):
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-@torch.library.custom_op("glade::rms_norm_cpu_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,24 +48,4 @@ def _backward(
     return dx, sums.view(heads, -1).sum(0).to(weight.dtype), dgate
 
 
-@_backward.register_fake
-def _(dy, x, weight, gate, gate_activation, eps):
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        (x.new_empty(0) if gate is None else gate.new_empty(gate.shape)),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, gate, ctx.gate_activation, ctx.eps, _ = inputs
-    ctx.save_for_backward(x, weight, gate)
-
-
-def _autograd_backward(ctx, dy):
-    x, weight, gate = ctx.saved_tensors
-    dx, dweight, dgate = _backward(dy, x, weight, gate, ctx.gate_activation, ctx.eps)
-    return dx, dweight, None if gate is None else dgate, None, None, None
-
-
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+rms_norm = register("cpu", _forward, _backward)

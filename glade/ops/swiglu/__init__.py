@@ -9,11 +9,12 @@ from torch import Tensor
 
 from glade.ops.backends import Backend, choose
 from glade.ops.native import rows
-from glade.ops.swiglu import cpu, eager, reference
+from glade.ops.swiglu import cpu, eager, reference, triton
 
 __all__ = ["BACKENDS", "swiglu"]
 
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(triton.swiglu, triton.refuses),
     "cpu": Backend(cpu.swiglu, rows.refuses),
     "torch": Backend(eager.swiglu),
     "reference": Backend(reference.swiglu, automatic=False),
@@ -25,7 +26,8 @@ def swiglu(x: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         x:       [..., 2 F], the gate's channels and then the factor's
-        backend: "reference", "torch", "cpu" (fp32 and bf16 on the CPU), or "auto": the fastest installed
+        backend: "reference", "torch", "cpu" (fp32 and bf16 on the CPU), "triton" (on NVIDIA GPUs), or
+                 "auto": the fastest installed
 
     Returns:
         y [..., F] in x's dtype.

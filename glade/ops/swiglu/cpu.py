@@ -1,16 +1,11 @@
 """Backend `cpu`: one pass forward and one backward, which computes the sigmoid again."""
 
-import torch
 from torch import Tensor
 
 from glade.ops.native.rows import call, rows_of
+from glade.ops.swiglu.register import register
 
 
-def swiglu(x: Tensor) -> Tensor:
-    return _forward(x)
-
-
-@torch.library.custom_op("glade::swiglu_cpu", mutates_args=())
 def _forward(x: Tensor) -> Tensor:
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
@@ -19,12 +14,6 @@ def _forward(x: Tensor) -> Tensor:
     return y
 
 
-@_forward.register_fake
-def _(x):
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-
-
-@torch.library.custom_op("glade::swiglu_cpu_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor) -> Tensor:
     width = x.shape[-1] // 2
     dx = x.new_empty(x.shape)
@@ -34,17 +23,4 @@ def _backward(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-@_backward.register_fake
-def _(dy, x):
-    return x.new_empty(x.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _autograd_backward(ctx, dy):
-    return _backward(dy, *ctx.saved_tensors)
-
-
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+swiglu = register("cpu", _forward, _backward)

@@ -1,0 +1,48 @@
+"""Turns a backend's `forward` and `backward` into one differentiable torch custom op with fake tensors.
+
+forward(z, rate, bias, form) -> g, fp32
+backward(dg, z, rate, bias, form) -> gradients of z, rate and bias, the last meaningless where there was none
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Run = Callable[..., Tensor]
+
+
+def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Run:
+    """Defines `glade::log_decay_{name}` and its backward, and returns the call behind the contract."""
+
+    def forward_op(z: Tensor, rate: Tensor, bias: Tensor | None, form: str) -> Tensor:
+        return forward(z, rate, bias, form)
+
+    def backward_op(
+        dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(dg, z, rate, bias, form)
+
+    op = torch.library.custom_op(f"glade::log_decay_{name}", forward_op, mutates_args=())
+    d_op = torch.library.custom_op(f"glade::log_decay_{name}_backward", backward_op, mutates_args=())
+
+    @op.register_fake
+    def _(z, rate, bias, form):
+        return z.new_empty(z.shape, dtype=torch.float32)
+
+    @d_op.register_fake
+    def _(dg, z, rate, bias, form):
+        dbias = (rate if bias is None else bias).new_empty(rate.shape)
+        return z.new_empty(z.shape), rate.new_empty(rate.shape), dbias
+
+    def setup_context(ctx, inputs, output):
+        z, rate, bias, ctx.form = inputs
+        ctx.save_for_backward(z, rate, bias)
+
+    def backward_of(ctx, dg):
+        z, rate, bias = ctx.saved_tensors
+        dz, drate, dbias = d_op(dg, z, rate, bias, ctx.form)
+        return dz, drate, None if bias is None else dbias, None
+
+    op.register_autograd(backward_of, setup_context=setup_context)
+    return op

@@ -1,0 +1,116 @@
+"""The decays' kernels on tiles of rows x channels, in fp32, and their launches as a torch custom op.
+
+u = z + bias, x = u (softplus) or -u (logsigmoid)        g = -rate softplus(x)
+dx = -dg rate sigmoid(x)        drate = -sum dg softplus(x)        dz = dx or -dx, dbias its sum
+"""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.log_decay.register import register
+
+TILE = 2048  # elements of a tile
+MAX_CHANNELS = 256  # of a tile
+TILES = 16  # of the backward, whose sums one program makes
+
+
+@triton.jit
+def argument(z, z_stride, bias, rows, columns, live, width, BIAS: tl.constexpr, SIGN: tl.constexpr):
+    """[rows, columns]: what softplus is taken of."""
+    u = tl.load(z + rows.to(tl.int64)[:, None] * z_stride + columns[None, :], mask=live, other=0.0).to(tl.float32)
+    if BIAS:
+        u += tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    return u * SIGN
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp x) to full precision: what the rounding of 1 + e loses is put back."""
+    e = tl.exp(-tl.abs(x))
+    one = 1 + e
+    return tl.maximum(x, 0.0) + tl.where(one == 1, e, tl.log(one) * (e / tl.where(one == 1, 1.0, one - 1)))
+
+
+@triton.jit
+def forward_kernel(
+    z, z_stride, rate, bias, g, num_rows, width,
+    BIAS: tl.constexpr, SIGN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * BC + tl.arange(0, BC)
+    live = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    x = argument(z, z_stride, bias, rows, columns, live, width, BIAS, SIGN)
+    decay = -tl.load(rate + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :] * softplus(x)
+    tl.store(g + rows.to(tl.int64)[:, None] * width + columns[None, :], decay, mask=live)
+
+
+@triton.jit
+def backward_kernel(
+    dg, dg_stride, z, z_stride, rate, bias, dz, parts, num_rows, width,
+    BIAS: tl.constexpr, SIGN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(1) * BC + tl.arange(0, BC)
+    of_rate, of_bias = tl.zeros([R, BC], tl.float32), tl.zeros([R, BC], tl.float32)
+    scale = -SIGN * tl.load(rate + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    for tile in tl.range(0, TILES):
+        rows = (tl.program_id(0) * TILES + tile) * R + tl.arange(0, R)
+        live = (rows < num_rows)[:, None] & (columns < width)[None, :]
+        x = argument(z, z_stride, bias, rows, columns, live, width, BIAS, SIGN)
+        d = tl.load(dg + rows.to(tl.int64)[:, None] * dg_stride + columns[None, :], mask=live, other=0.0)
+        d = d.to(tl.float32)
+        of_rate -= d * softplus(x)
+        d *= scale * tl.sigmoid(x)
+        of_bias += d
+        tl.store(dz + rows.to(tl.int64)[:, None] * width + columns[None, :], d.to(dz.dtype.element_ty), mask=live)
+    at = parts + tl.program_id(0).to(tl.int64) * 2 * width + columns
+    tl.store(at, tl.sum(of_rate, 0), mask=columns < width)
+    tl.store(at + width, tl.sum(of_bias, 0), mask=columns < width)
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _cut(z: Tensor, bias: Tensor | None, form: str) -> dict[str, int | bool]:
+    BC = min(MAX_CHANNELS, triton.next_power_of_2(z.shape[-1]))
+    return {"R": TILE // BC, "BC": BC, "BIAS": bias is not None, "SIGN": 1 if form == "softplus" else -1}
+
+
+def _parameters(rate: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return rate.contiguous(), None if bias is None else bias.contiguous()
+
+
+def _forward(z: Tensor, rate: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    g = z.new_empty(z.shape, dtype=torch.float32)
+    if z.numel() > 0:
+        rows, cut = _rows(z), _cut(z, bias, form)
+        grid = triton.cdiv(len(rows), cut["R"]), triton.cdiv(rows.shape[1], cut["BC"])
+        with device_of(z):
+            forward_kernel[grid](rows, rows.stride(0), *_parameters(rate, bias), g, *rows.shape, **cut)
+    return g
+
+
+def _backward(dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    dz = z.new_empty(z.shape)
+    of_bias = rate if bias is None else bias
+    if z.numel() == 0:
+        return dz, torch.zeros_like(rate), torch.zeros_like(of_bias)
+    rows, dg, cut = _rows(z), _rows(dg), _cut(z, bias, form)
+    blocks, width = triton.cdiv(len(rows), TILES * cut["R"]), rows.shape[1]
+    parts = rate.new_empty(blocks, 2, width, dtype=torch.float32)
+    with device_of(z):
+        backward_kernel[(blocks, triton.cdiv(width, cut["BC"]))](
+            dg, dg.stride(0), rows, rows.stride(0), *_parameters(rate, bias), dz, parts, *rows.shape,
+            TILES=TILES, **cut,
+        )  # fmt: skip
+    sums = parts.sum(0)
+    return dz, sums[0].to(rate.dtype, copy=True), sums[1].to(of_bias.dtype, copy=True)
+
+
+log_decay = register("triton", _forward, _backward)

@@ -1,0 +1,104 @@
+"""Turns a backend's functions into differentiable torch custom ops with fake tensors.
+
+A backend gives plain functions on tensors; neither sees autograd, and `torch.compile` sees neither:
+
+    forward(x, weight, gate, gate_activation, eps, dtype) -> y
+    backward(dy, x, weight, gate, gate_activation, eps) -> gradients of x, weight and gate (empty where there was none)
+
+and for the sum before the norm
+
+    add_forward(x, y, weight, eps, dtype) -> the norm of x + y, and x + y
+    add_backward(dnormed, dtotal, total, weight, y_dtype, eps) -> gradients of x, y and weight
+
+where `dtotal` is None if nothing came of the sum, and the gradient of y is empty where it is that of x, in one dtype.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Run = Callable[..., Tensor]
+RunAdd = Callable[..., tuple[Tensor, Tensor]]
+
+
+def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Run:
+    """Defines `glade::rms_norm_{name}` and its backward, and returns the call behind the contract."""
+
+    def forward_op(
+        x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        return forward(x, weight, gate, gate_activation, eps, dtype)
+
+    def backward_op(
+        dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(dy, x, weight, gate, gate_activation, eps)
+
+    op = torch.library.custom_op(f"glade::rms_norm_{name}", forward_op, mutates_args=())
+    d_op = torch.library.custom_op(f"glade::rms_norm_{name}_backward", backward_op, mutates_args=())
+
+    @op.register_fake
+    def _(x, weight, gate, gate_activation, eps, dtype):
+        return x.new_empty(x.shape, dtype=dtype)
+
+    @d_op.register_fake
+    def _(dy, x, weight, gate, gate_activation, eps):
+        dgate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+        return x.new_empty(x.shape), weight.new_empty(weight.shape), dgate
+
+    def setup_context(ctx, inputs, output):
+        x, weight, gate, ctx.gate_activation, ctx.eps, _ = inputs
+        ctx.save_for_backward(x, weight, gate)
+
+    def backward_of(ctx, dy):
+        x, weight, gate = ctx.saved_tensors
+        dx, dweight, dgate = d_op(dy, x, weight, gate, ctx.gate_activation, ctx.eps)
+        return dx, dweight, None if gate is None else dgate, None, None, None
+
+    op.register_autograd(backward_of, setup_context=setup_context)
+    return op
+
+
+def register_add(
+    name: str,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> RunAdd:
+    """Defines `glade::add_rms_norm_{name}` and its backward, and returns the call behind the contract."""
+
+    def forward_op(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return forward(x, y, weight, eps, dtype)
+
+    def backward_op(
+        dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, y_dtype: torch.dtype, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(dnormed, dtotal, total, weight, y_dtype, eps)
+
+    op = torch.library.custom_op(f"glade::add_rms_norm_{name}", forward_op, mutates_args=())
+    d_op = torch.library.custom_op(f"glade::add_rms_norm_{name}_backward", backward_op, mutates_args=())
+
+    @op.register_fake
+    def _(x, y, weight, eps, dtype):
+        return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
+
+    @d_op.register_fake
+    def _(dnormed, dtotal, total, weight, y_dtype, eps):
+        dy = total.new_empty(0 if y_dtype == total.dtype else total.shape, dtype=y_dtype)
+        return total.new_empty(total.shape), dy, weight.new_empty(weight.shape)
+
+    def setup_context(ctx, inputs, output):
+        _, y, weight, ctx.eps, _ = inputs
+        ctx.y_dtype = y.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], weight)
+
+    def backward_of(ctx, dnormed, dtotal):
+        total, weight = ctx.saved_tensors
+        if dnormed is None:
+            dnormed = torch.zeros_like(total)
+        dx, dy, dweight = d_op(dnormed, dtotal, total, weight, ctx.y_dtype, ctx.eps)
+        return dx, dx if ctx.y_dtype == total.dtype else dy, dweight, None, None
+
+    op.register_autograd(backward_of, setup_context=setup_context)
+    return op

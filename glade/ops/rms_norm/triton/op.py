@@ -1,0 +1,112 @@
+"""The launches of the norm's kernels, as torch custom ops."""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import torch
+import triton
+from torch import Tensor
+
+from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.rms_norm.register import register, register_add
+from glade.ops.rms_norm.triton.kernels import backward_kernel, forward_kernel
+
+TILE = 2048  # elements of a tile of rows, if a row is no longer
+TILES = 16  # of the backward, whose gradients of the weight one program sums
+
+
+def _cut(n: int) -> dict[str, int]:
+    """Rows and channels of a tile, and warps for it."""
+    BN = triton.next_power_of_2(max(n, 1))
+    return {"R": max(1, TILE // BN), "BN": BN, "num_warps": min(16, max(4, BN // 512))}
+
+
+def _rows(x: Tensor | None, heads: int) -> tuple[Tensor | None, int, int]:
+    """x as rows whose channels lie next to each other, and the strides of a token and of a head."""
+    if x is None:
+        return None, 0, 0
+    x = x.reshape(-1, heads, x.shape[-1])
+    x = x if x.stride(2) == 1 else x.contiguous()
+    return x, x.stride(0), x.stride(1)
+
+
+def _heads(x: Tensor, gate: str | None) -> int:
+    """Rows of a token where there is a gate, which may be a slice of a wider projection and is read where it lies."""
+    return 1 if gate is None or x.dim() < 2 else x.shape[-2]
+
+
+def _run_forward(
+    x: Tensor, other: Tensor | None, weight: Tensor, y: Tensor, total: Tensor | None, eps: float, gate: str | None
+) -> None:
+    if y.numel() == 0:
+        return
+    heads, n, cut = _heads(x, gate), x.shape[-1], _cut(x.shape[-1])
+    num_rows = x.numel() // n
+    with device_of(x):
+        forward_kernel[(triton.cdiv(num_rows, cut["R"]),)](
+            *_rows(x, heads), *_rows(other, heads), weight.contiguous(), y, total, num_rows, heads, n, eps,
+            GATE=gate is not None, SILU=gate == "silu", ADD=total is not None, **cut,
+        )  # fmt: skip
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    other: Tensor | None,
+    weight: Tensor,
+    dx: Tensor,
+    dother: Tensor | None,
+    eps: float,
+    gate: str | None,
+) -> Tensor:
+    """Writes the gradients of rows; returns the gradient of the weight."""
+    n, heads = x.shape[-1], _heads(x, gate)
+    if x.numel() == 0:
+        return torch.zeros_like(weight)
+    cut, num_rows = _cut(n), x.numel() // n
+    parts = weight.new_empty(triton.cdiv(num_rows, TILES * cut["R"]), n, dtype=torch.float32)
+    with device_of(x):
+        backward_kernel[(len(parts),)](
+            *_rows(dy, heads), *_rows(x, heads), *_rows(other, heads), weight.contiguous(), dx, dother, parts,
+            num_rows, heads, n, eps,
+            GATE=gate is not None, SILU=gate == "silu", ADD=gate is None and other is not None,
+            SPLIT=gate is None and dother is not None, TILES=TILES, **cut,
+        )  # fmt: skip
+    return parts.sum(0).to(weight.dtype)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float, dtype: torch.dtype
+) -> Tensor:
+    y = x.new_empty(x.shape, dtype=dtype)
+    _run_forward(x, gate, weight, y, None, eps, None if gate is None else gate_activation)
+    return y
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    if gate is None:
+        return dx, _run_backward(dy, x, None, weight, dx, None, eps, None), x.new_empty(0)
+    dgate = gate.new_empty(gate.shape)
+    return dx, _run_backward(dy, x, gate, weight, dx, dgate, eps, gate_activation), dgate
+
+
+def _add_forward(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    normed, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
+    _run_forward(x, y, weight, normed, total, eps, None)
+    return normed, total
+
+
+def _add_backward(
+    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, y_dtype: torch.dtype, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = total.new_empty(total.shape)
+    dy = None if y_dtype == total.dtype else total.new_empty(total.shape, dtype=y_dtype)
+    dweight = _run_backward(dnormed, total, dtotal, weight, dx, dy, eps, None)
+    return dx, total.new_empty(0) if dy is None else dy, dweight
+
+
+rms_norm = register("triton", _forward, _backward)
+add_rms_norm = register_add("triton", _add_forward, _add_backward)
