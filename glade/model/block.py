@@ -8,7 +8,7 @@ from glade.model.config import ModelConfig
 from glade.model.ffn import make_ffn
 from glade.model.mixer import matmul_dtype
 from glade.model.mixers import make_mixer
-from glade.model.norm import make_norm
+from glade.model.norm import make_norm, norm_of_sum
 
 
 class Block(nn.Module):
@@ -28,37 +28,54 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None,
         state: Any = None,
         cu_seqlens: Tensor | None = None,
         *,
         return_state: bool = True,
         only_read: bool = False,
-    ) -> tuple[Tensor, Any, Tensor | None]:
-        """x [B, T, D] -> x, the mixer's state, and the load-balancing loss of a mixture of experts.
+    ) -> tuple[Tensor, Tensor | None, Any, Tensor | None]:
+        """The residual stream x [B, T, D], or x + branch where there is one -> the same two after the block, the
+        mixer's state, and the load-balancing loss of a mixture of experts.
 
-        With `only_read` the state is all that is wanted: x is returned as it came, and there is no load to balance.
+        What is still to be added to the stream is handed on, since the next norm reads it and can add it on the way.
+        With `only_read` the state is all that is wanted: there is no load to balance, and the stream means nothing.
         """
-        y, state = self.mixer(self._before(x, self.mixer_norm), state, cu_seqlens, return_state=return_state)
+        h, x = self._before(x, branch, self.mixer_norm)
+        y, state = self.mixer(h, state, cu_seqlens, return_state=return_state)
         if only_read:
-            return x, state, None
-        x, load_balance = self._feed_forward(self._add(x, y, self.mixer_norm))
-        return x, state, load_balance
-
-    def step_(self, x: Tensor, state: Any, slots: Tensor | None) -> tuple[Tensor, Any]:
-        """x [B, D] -> x and the mixer's state, updated in place where it could be."""
-        y, state = self.mixer.step_(self._before(x, self.mixer_norm), state, slots)
-        return self._feed_forward(self._add(x, y, self.mixer_norm))[0], state
-
-    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            return x, None, state, None
+        x, branch = self._after(x, y, self.mixer_norm)
         if self.ffn is None or self.ffn_norm is None:
-            return x, None
-        y, load_balance = self.ffn(self._before(x, self.ffn_norm))
-        return self._add(x, y, self.ffn_norm), load_balance
+            return x, branch, state, None
+        h, x = self._before(x, branch, self.ffn_norm)
+        y, load_balance = self.ffn(h)
+        return *self._after(x, y, self.ffn_norm), state, load_balance
 
-    def _before(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """What a mixer or a network reads, in the dtype of its matrix products."""
-        return norm(x, dtype=matmul_dtype(x)) if self.pre else x
+    def step_(self, x: Tensor, branch: Tensor | None, state: Any, slots: Tensor | None) -> tuple[Tensor, Any, Any]:
+        """`forward` for one token a row, x [B, D]: stream, branch, and the state, updated in place where it can be."""
+        h, x = self._before(x, branch, self.mixer_norm)
+        y, state = self.mixer.step_(h, state, slots)
+        x, branch = self._after(x, y, self.mixer_norm)
+        if self.ffn is not None and self.ffn_norm is not None:
+            h, x = self._before(x, branch, self.ffn_norm)
+            x, branch = self._after(x, self.ffn(h)[0], self.ffn_norm)
+        return x, branch, state
 
-    def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
-        x = x + self.dropout(y)
-        return x if self.pre else norm(x)
+    def _before(self, x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """What a mixer or a network reads, in the dtype of its matrix products, and the stream with all added."""
+        if not self.pre:
+            assert branch is None, "a post-norm has added it"
+            return x, x
+        return stream_norm(norm, x, branch)
+
+    def _after(self, x: Tensor, y: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
+        y = self.dropout(y)
+        return (x, y) if self.pre else (norm_of_sum(norm, x, y, x.dtype)[0], None)
+
+
+def stream_norm(norm: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+    """norm(x + branch) in the dtype of matrix products, and x + branch; x alone where there is no branch."""
+    if branch is None:
+        return norm(x, dtype=matmul_dtype(x)), x
+    return norm_of_sum(norm, x, branch, matmul_dtype(x))

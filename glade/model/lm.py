@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glade.model.block import Block
+from glade.model.block import Block, stream_norm
 from glade.model.checkpoint import Saveable, load_weights, read_checkpoint, write_checkpoint
 from glade.model.config import ModelConfig
 from glade.model.init import initialise
@@ -89,11 +89,13 @@ class LanguageModel(nn.Module):
         if self.positions is not None:
             x = x + self.positions(self._token_positions(ids, state, cu_seqlens))
         x = self.dropout(x)
-        layers, load_balances = [], []
+        branch, layers, load_balances = None, [], []
         for i, block in enumerate(self.layers):
             before = None if state is None else state.layers[i]
             only_read = logits == "none" and i == len(self.layers) - 1
-            x, layer, load_balance = block(x, before, cu_seqlens, return_state=return_state, only_read=only_read)
+            x, branch, layer, load_balance = block(
+                x, branch, before, cu_seqlens, return_state=return_state, only_read=only_read
+            )
             if return_state:
                 layers.append(layer)
             if load_balance is not None:
@@ -101,12 +103,14 @@ class LanguageModel(nn.Module):
         position = tokens_seen(ids, None if state is None else state.position, cu_seqlens)
         after = State(tuple(layers), position, self._weigh(load_balances))
         if targets is not None:
-            return linear_cross_entropy(self.final_norm(x), self._head(), targets, bias=self._padding_bias()), after
+            x, _ = stream_norm(self.final_norm, x, branch)
+            return linear_cross_entropy(x, self._head(), targets, bias=self._padding_bias()), after
         if logits == "none":
-            x = x[:, :0]
+            x, branch = x[:, :0], None
         elif logits == "last":
-            x = x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].to(torch.int64) - 1]
-        return self._logits(x), after
+            rows = (slice(None), -1) if cu_seqlens is None else (0, cu_seqlens[1:].to(torch.int64) - 1)
+            x, branch = x[rows], None if branch is None else branch[rows]
+        return self._logits(x, branch), after
 
     @torch.no_grad()
     def step_(self, ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
@@ -133,16 +137,16 @@ class LanguageModel(nn.Module):
             self._check_positions(positions)
             x = x + self.positions(positions)
         x = self.dropout(x)
-        layers = []
+        branch, layers = None, []
         for block, layer in zip(self.blocks(), state.layers, strict=True):
-            x, layer = block.step_(x, layer, slots)
+            x, branch, layer = block.step_(x, branch, layer, slots)
             layers.append(layer)
         state.layers = tuple(layers)
         if slots is None:
             state.position += 1
         else:
             state.position[slots] += 1
-        return self._logits(x)
+        return self._logits(x, branch)
 
     def init_state(self, batch: int) -> State:
         """The state before the first token, of `batch` rows, on the model's device."""
@@ -209,8 +213,9 @@ class LanguageModel(nn.Module):
     def _head(self) -> Tensor:
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.final_norm(x), self._head())[..., : self.config.vocab_size]
+    def _logits(self, x: Tensor, branch: Tensor | None) -> Tensor:
+        x, _ = stream_norm(self.final_norm, x, branch)
+        return F.linear(x, self._head())[..., : self.config.vocab_size]
 
     def _padding_bias(self) -> Tensor | None:
         """-inf for the rows beyond vocab_size, so that they take no probability; None if there are none."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glade.ops import rms_norm
+from glade.ops import add_rms_norm, rms_norm
 from glade.ops.short_conv import L2_NORM_EPS
 
 
@@ -75,6 +75,14 @@ _NORMS = {
 def make_norm(name: str, dim: int, eps: float) -> nn.Module:
     """The norm that `ModelConfig.norm` or `output_norm` calls `name`."""
     return _NORMS[name](dim, eps)
+
+
+def norm_of_sum(norm: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """norm(x + y) in `dtype`, and x + y, in one pass over memory where that can be; a watched norm is called itself."""
+    if type(norm) is RMSNorm and not norm._forward_hooks and not norm._forward_pre_hooks:
+        return add_rms_norm(x, y, norm.weight, eps=norm.eps, dtype=dtype)
+    total = x + y
+    return norm(total, dtype=dtype), total
 
 
 def l2norm(x: Tensor) -> Tensor:

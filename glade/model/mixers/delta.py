@@ -147,20 +147,19 @@ class GatedDeltaNet2(LearnedDecay, Linear):
             self.eta_proj = nn.Linear(dim, o.num_v_heads, bias=True)
 
     def gate_maps(self) -> Sequence[Sequence[nn.Linear]]:
-        maps = ((self.erase_proj, self.write_proj), (first_map(self.decay_proj),))
+        maps = ((self.erase_proj,), (self.write_proj,), (first_map(self.decay_proj),))
         return (*maps, (self.eta_proj,)) if self.options.kaczmarz else maps
 
     def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
         o = self.options
-        erase, write = torch.sigmoid(z[0]).split([self.key_dim, self.value_dim], -1)
-        erase = self._over_value_heads(erase.unflatten(-1, (o.num_heads, -1)))
-        write = write.unflatten(-1, (o.num_v_heads, -1))
+        erase = self._over_value_heads(torch.sigmoid(z[0]).unflatten(-1, (o.num_heads, -1)))
+        write = torch.sigmoid(z[1]).unflatten(-1, (o.num_v_heads, -1))
         if o.kaczmarz:
-            step = kaczmarz_step(z[2], k, o)[..., None]
+            step = kaczmarz_step(z[3], k, o)[..., None]
             erase, write = (self._stepped(gate, step) for gate in (erase, write))
         if o.allow_neg_eigval:
             erase = 2 * erase
-        return Gates(self._over_value_heads(self.log_decay(z[1])), erase, write)
+        return Gates(self._over_value_heads(self.log_decay(z[2])), erase, write)
 
     def _stepped(self, gate: Tensor, step: Tensor) -> Tensor:
         scaled = gate * step
