@@ -31,8 +31,14 @@ def sample(
     Raises:
         DataError, ConfigError: as `glade.infer.generate.stream`.
     """
-    ids = [prompt.ids(tokenizer) for prompt in prompts]
-    decoding = Decoding(model, ids, params, vocab_size=tokenizer.vocab_size)
+    return sample_ids(model, tokenizer, [prompt.ids(tokenizer) for prompt in prompts], params)
+
+
+def sample_ids(
+    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[Sample]:
+    """`sample` of prompts that are ids already, special ones among them."""
+    decoding = Decoding(model, prompts, params, vocab_size=tokenizer.vocab_size)
     texts = [""] * len(prompts)
     drawn: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)

@@ -79,14 +79,15 @@ class Alignment:
             "vocab_size": self.tokenizer.vocab_size,
             "train_examples": len(self.examples.train),
             "heldout_examples": len(self.examples.heldout),
+            # measures of two runs can be compared where this is the same
+            "heldout_digest": hashlib.sha256(repr(list(map(tuple, self.examples.heldout))).encode()).hexdigest(),
             "context": self.context,
         }
 
-    def prompt(self) -> str:
+    def prompt(self) -> tuple[int, ...]:
         """The prompt of a held-out example."""
         examples = self.examples.heldout or self.examples.train
-        ids = examples[0].prompt
-        return self.tokenizer.decode(ids[1:] if ids[0] == self.tokenizer.bos_id else ids)
+        return examples[0].prompt
 
     def described(self) -> list[str]:
         lora = self.config.lora

@@ -4,6 +4,7 @@ With prompts it compares what two models write instead: `glade.evals.report`.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,15 @@ class CompareConfig(ReportConfig):
             raise ConfigError(f"{len(self.runs)} models are given; a report with prompts is on two, BASE and ALIGNED")
 
 
+# measure of what is held out -> its column and how it is shown: of text, of answers, of pairs
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "bits_per_byte": ("bits/byte", "{:.4f}".format),
+    "accuracy": ("accuracy", lambda share: f"{100 * share:.1f} %"),
+    "margin": ("margin", "{:.3f}".format),
+    "kl": ("kl", "{:.4f}".format),
+}
+
+
 class Finished(NamedTuple):
     """A run that has been trained: its folder's name, results.json, and the rows of metrics.jsonl."""
 
@@ -50,9 +60,10 @@ def run(config: CompareConfig) -> None:
     finished = [read_run(Path(name)) for name in config.runs]
     _check_comparable(finished)
     table = [summary(f) for f in finished]
-    table.sort(key=lambda row: row["heldout_loss"])
+    table.sort(key=_rank)
     config.out.mkdir(parents=True, exist_ok=True)
-    plot = draw_comparison([(f.name, f.rows) for f in finished], config.out / "compare.png")
+    unit = "nats per pair" if "margin" in table[0] else "nats per token"
+    plot = draw_comparison([(f.name, f.rows) for f in finished], config.out / "compare.png", unit)
     content = json.dumps(table, indent=2) + "\n"
     write_file_atomically(config.out / "compare.json", content.encode("utf-8"))
     if config.json:
@@ -106,49 +117,62 @@ def read_run(folder: Path) -> Finished:
 
 
 def summary(finished: Finished) -> Row:
-    """One line of the table."""
+    """One line of the table; of the measures those that this kind of run has."""
     model, results = finished.results["model"], finished.results["results"]
     heldout = results["heldout"]
     return {
         "run": finished.name,
         "mixer": " ".join(dict.fromkeys(model["layers"])),
+        **({"objective": finished.results["config"]["dpo"]["loss"]} if "dpo" in finished.results["config"] else {}),
         "parameters": model["parameters"],
         "tokens": results["tokens"],
         "seconds": results["seconds"],
         "tokens_per_s": results["tokens_per_s"],
         "heldout_loss": heldout["loss"],
-        "bits_per_byte": heldout["bits_per_byte"],
-        "accuracy": heldout["accuracy"],
+        **{name: heldout[name] for name in MEASURES if name in heldout},
         "state_bytes": model["state_bytes"],
     }
 
 
 def _check_comparable(finished: list[Finished]) -> None:
-    """Losses per token mean the same only on the same held-out tokens."""
-    texts = {
-        f.name: (f.results["data"]["corpus"], f.results["data"]["tokenizer"], f.results["data"]["heldout_tokens"])
-        for f in finished
-    }
+    """Measures mean the same only on the same held-out tokens: of a text, or of examples."""
+    texts = {f.name: _heldout(f.results["data"]) for f in finished}
     if len(set(texts.values())) > 1:
         listed = "; ".join(f"{name}: {', '.join(map(str, text))}" for name, text in texts.items())
         raise ConfigError(f"these runs were evaluated on different held-out texts ({listed}); compare like with like")
+
+
+def _heldout(data: dict[str, Any]) -> tuple[str | int, ...]:
+    if "heldout_digest" in data:
+        return data["heldout_examples"], f"examples {data['heldout_digest'][:12]}"
+    return data["corpus"], data["tokenizer"], data["heldout_tokens"]
+
+
+def _rank(row: Row) -> tuple[float, float]:
+    """Lower is better: of preference runs, whose losses need not be the same function, accuracy decides first."""
+    return -row["accuracy"] if "margin" in row else 0.0, row["heldout_loss"]
 
 
 def _print(table: list[Row]) -> None:
     columns = {
         "run": lambda row: row["run"],
         "mixer": lambda row: row["mixer"],
+        **({"objective": lambda row: row["objective"]} if "objective" in table[0] else {}),
         "parameters": lambda row: f"{row['parameters']:,}",
         "tokens": lambda row: f"{row['tokens']:,}",
         "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
         "held-out loss": lambda row: f"{row['heldout_loss']:.4f}",
-        "bits/byte": lambda row: f"{row['bits_per_byte']:.4f}",
-        "accuracy": lambda row: f"{100 * row['accuracy']:.1f} %",
+        **{title: _cell(name, shown) for name, (title, shown) in MEASURES.items() if name in table[0]},
         "state": lambda row: f"{row['state_bytes'] / 1024:.0f} KiB",
     }
     shown = Table(box=None, header_style="bold")
     for name in columns:
-        shown.add_column(name, justify="left" if name in ("run", "mixer") else "right", no_wrap=True)
+        shown.add_column(name, justify="left" if name in ("run", "mixer", "objective") else "right", no_wrap=True)
     for row in table:
         shown.add_row(*(cell(row) for cell in columns.values()))
     Console(width=160, highlight=False, emoji=False, markup=False).print(shown)
+
+
+def _cell(name: str, shown: Callable[[float], str]) -> Callable[[Row], str]:
+    # a loss without a reference model has no distance from one
+    return lambda row: shown(row[name]) if name in row else "-"

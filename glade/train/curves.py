@@ -80,8 +80,8 @@ def _draw_speed(axis: Any, rows: Sequence[Row]) -> None:
     rate.set_ylabel("learning rate")
 
 
-def draw_comparison(runs: Sequence[tuple[str, list[Row]]], path: Path) -> Path:
-    """Held-out loss of several runs (name, rows), against tokens and against seconds."""
+def draw_comparison(runs: Sequence[tuple[str, list[Row]]], path: Path, unit: str) -> Path:
+    """Held-out loss of several runs (name, rows) in `unit`, against tokens and against seconds."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for i, (name, rows) in enumerate(runs):
@@ -90,7 +90,7 @@ def draw_comparison(runs: Sequence[tuple[str, list[Row]]], path: Path) -> Path:
         for axis, x in zip(axes, ("tokens", "seconds"), strict=True):
             _line(axis, heldout, "heldout_loss", colour, name, x=x, linestyle=style, marker="o", markersize=3)
     for axis, x in zip(axes, ("trained tokens", "seconds of training"), strict=True):
-        _label(axis, "held-out loss", "nats per token", x)
+        _label(axis, "held-out loss", unit, x)
         # the first evaluations are far above the rest; what matters is where the curves end
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:.2f}")

@@ -10,7 +10,9 @@ Every loss answers one number a pair, so that a caller may average over a step i
 the metrics, one number a pair each:
 
     rewards_chosen, rewards_rejected   beta (log pi - log ref), as the loss scales them; what is compared
-    margin, accuracy                   rewards_chosen - rewards_rejected, and 1 where that is positive, else 0
+    margin                             rewards_chosen - rewards_rejected
+    accuracy                           1 where the margin is positive, 0 where it is negative, 1/2 where neither answer
+                                       is preferred (so it is for all pairs before the first step)
     logp_chosen, logp_rejected         log pi of the whole answers, nats
 """
 
@@ -132,7 +134,7 @@ def _metrics(policy: PairLogProbs, rewards: PairLogProbs) -> Metrics:
         "rewards_chosen": rewards.chosen,
         "rewards_rejected": rewards.rejected,
         "margin": margin,
-        "accuracy": (margin > 0).to(margin.dtype),
+        "accuracy": (margin.sign() + 1) / 2,
         "logp_chosen": policy.chosen,
         "logp_rejected": policy.rejected,
     }

@@ -127,11 +127,11 @@ class Pretraining:
         )
         return [text, self.copied] if self.copied else [text]
 
-    def prompt(self) -> str:
+    def prompt(self) -> list[int]:
         """The first words of a held-out document, up to the end of a line."""
         ids = self.prepared.heldout.document(0)[1:65].tolist()
         text = self.tokenizer.decode([i for i in ids if i != self.tokenizer.eos_id])
-        return text.split("\n", 1)[0][:64]
+        return self.tokenizer.prompt(text.split("\n", 1)[0][:64])
 
     def metadata(self) -> dict[str, Any]:
         return {

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from glade import __version__
 from glade import config as settings
 from glade.data.tokenizer import Tokenizer
-from glade.infer.generate import generate
+from glade.infer.config import SamplingParams
+from glade.infer.samples import sample_ids
 from glade.model.atomic import write_file_atomically
 from glade.model.lm import LanguageModel
 from glade.train.curves import draw_curves
@@ -81,8 +82,8 @@ class Task(Protocol):
         """What is trained on what, in lines."""
         ...
 
-    def prompt(self) -> str:
-        """What the samples continue where no prompt is set."""
+    def prompt(self) -> Sequence[int]:
+        """The ids that the samples continue where no prompt is set."""
         ...
 
     def metadata(self) -> dict[str, Any]:
@@ -235,19 +236,13 @@ class Run:
         }
 
     def _write_sample(self, progress: Progress) -> None:
-        prompt = self.config.train.prompt
-        if prompt is None:
-            prompt = self.task.prompt()
-        text = generate(
-            self.model,
-            prompt,
-            tokenizer=self.task.tokenizer,
-            max_new_tokens=self.config.train.sample_tokens,
-            temperature=0.8,
-            top_p=0.95,
-            seed=self.config.seed,
-        )
-        self.sample = f"{prompt}{text}"
+        train, tokenizer = self.config.train, self.task.tokenizer
+        prompt = self.task.prompt() if train.prompt is None else tokenizer.prompt(train.prompt)
+        params = SamplingParams(max_new_tokens=train.sample_tokens, temperature=0.8, top_p=0.95, seed=self.config.seed)
+        (answer,) = sample_ids(self.model, tokenizer, [prompt], params)
+        # special tokens that a chat template has written are part of what is shown, but not the BOS
+        shown = list(prompt[1:] if prompt[0] == tokenizer.bos_id else prompt)
+        self.sample = tokenizer.model.decode(shown, skip_special_tokens=False) + answer.text
         with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"=== step {progress.step}, {progress.tokens:,} tokens ===\n{self.sample}\n\n")
 

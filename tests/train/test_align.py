@@ -1,6 +1,12 @@
 """Fine-tuning and preference training, tiny: what is scored, what is written, and that stopping changes nothing."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +21,11 @@ from glade.errors import CheckpointError, ConfigError, DataError
 from glade.model.config import ModelConfig
 from glade.model.lm import LanguageModel
 from glade.model.lora import has_lora
+from glade.train import compare
 from glade.train import reference as reference_module
 from glade.train.align import weights_digest
 from glade.train.align_config import DpoRun, SftRun
+from glade.train.compare import CompareConfig
 from glade.train.config import TrainRun
 from glade.train.dpo import PreferenceTraining, dpo
 from glade.train.examples import grouped, samples, spaced
@@ -25,7 +33,7 @@ from glade.train.log import read_metrics
 from glade.train.loop import NonFiniteLoss
 from glade.train.pretrain import train
 from glade.train.reference import pack_pairs
-from glade.train.sft import pack_examples, sft
+from glade.train.sft import FineTuning, pack_examples, sft
 
 TINY = {
     "train.max_steps": 8,
@@ -137,6 +145,42 @@ def test_resumed_equals_uninterrupted_to_the_bit(run_config, kind, start, rank, 
 
 
 @KINDS
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_is_the_same(run_config, kind, start, by, tmp_path):
+    changes = dict(train__max_steps=100, train__eval_every=40, train__sample_tokens=0)
+    whole = start(run_config(kind, "whole", **changes))
+    config = run_config(kind, "parts", **changes)
+    settings.save(config, tmp_path / "parts.yaml")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glade", config.name, str(tmp_path / "parts.yaml")], stdout=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "parts" / "metrics.jsonl"
+    while not log.is_file() or log.read_text().count("\n") < 10:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        time.sleep(0.05)
+    process.send_signal(by)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + by
+    assert f"glade {config.name} --run={tmp_path / 'parts'} --resume" in output
+    steps = [row["step"] for row in read_metrics(tmp_path / "parts")]
+    assert 9 <= steps[-1] < 100
+    assert_same_run(whole, start(replace(config, resume=True)))
+
+
+@KINDS
+def test_runs_on_the_same_heldout_examples_are_compared(run_config, kind, start, tmp_path, capsys):
+    folders = tuple(str(start(run_config(kind, f"seed{lr}", train__lr=lr)).run) for lr in (1e-3, 1e-4))
+    compare.run(CompareConfig(runs=folders, out=tmp_path / "out"))
+    assert ("margin" in capsys.readouterr().out) == (kind is DpoRun)
+    table = json.loads((tmp_path / "out" / "compare.json").read_text())
+    ranks = [(-row.get("accuracy", 0), row["heldout_loss"]) for row in table]
+    assert ranks == sorted(ranks) and len(table) == 2
+    other = str(start(run_config(kind, "other", seed=5)).run)
+    with pytest.raises(ConfigError, match="different held-out"):
+        compare.run(CompareConfig(runs=(folders[0], other), out=tmp_path / "out"))
+
+
+@KINDS
 def test_accumulated_passes_are_one_step(run_config, kind, start):
     # fine-tuning keeps the model's dropout, which another split of the batch draws otherwise
     losses = []
@@ -177,6 +221,17 @@ def test_only_answers_are_scored_and_examples_do_not_meet():
     assert ids.tolist() == [[9, 1, 2, 3, 9, 4, 0, 5]]
     assert targets.tolist() == [[-1, 2, 3, 0, 4, 0, -1, 0]]
     assert borders.tolist() == [0, 4, 8]
+
+
+def test_samples_begin_as_in_training(run_config, tmp_path):
+    turn = "{{ message['role'] + ':' + message['content'] + eos_token }}"
+    opening = "{% if add_generation_prompt %}assistant:{% endif %}"
+    (tmp_path / "template").write_text(f"{{% for message in messages %}}{turn}{{% endfor %}}{opening}")
+    results = sft(run_config(SftRun, data__chat_template=str(tmp_path / "template"), train__max_steps=1))
+    assert re.match(r"user:Say \w+<\|endoftext\|>assistant:", results.sample)
+    task = FineTuning(run_config(SftRun, "other", data__chat_template=str(tmp_path / "template")))
+    # no BOS in this template: what is read is what was trained on, the marks of turns as special ids
+    assert task.prompt().count(task.tokenizer.eos_id) == 1 and task.prompt()[0] != task.tokenizer.bos_id
 
 
 def test_the_order_of_samples_is_a_function_of_seed_and_step():

@@ -67,6 +67,8 @@ def test_metrics_are_told_apart_pair_by_pair():
     torch.testing.assert_close(metrics["margin"], torch.tensor([0.1, -0.4]))
     assert metrics["accuracy"].tolist() == [1, 0]
     assert metrics["logp_chosen"].tolist() == [-1, -5]
+    # where neither is preferred, as before the first step, half of the pairs count as right
+    assert sigmoid(policy, policy, beta=0.1)[1]["accuracy"].tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
