@@ -6,12 +6,14 @@ It knows nothing of text, losses over batches, or sampling.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from glade.model.block import Block, stream_norm
 from glade.model.checkpoint import Saveable, load_weights, read_checkpoint, write_checkpoint
@@ -42,6 +44,8 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.layer_mixers)
         self.final_norm = make_norm(config.norm, config.dim, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_rows, bias=False)
+        # a backward keeps only what goes from block to block and computes each block again
+        self.recompute_layers = False
         if not self.embed.weight.is_meta:
             self.reset_parameters()
 
@@ -93,9 +97,10 @@ class LanguageModel(nn.Module):
         for i, block in enumerate(self.layers):
             before = None if state is None else state.layers[i]
             only_read = logits == "none" and i == len(self.layers) - 1
-            x, branch, layer, load_balance = block(
-                x, branch, before, cu_seqlens, return_state=return_state, only_read=only_read
-            )
+            call = partial(block, return_state=return_state, only_read=only_read)
+            if self.recompute_layers and torch.is_grad_enabled():
+                call = partial(checkpoint, call, use_reentrant=False)
+            x, branch, layer, load_balance = call(x, branch, before, cu_seqlens)
             if return_state:
                 layers.append(layer)
             if load_balance is not None:

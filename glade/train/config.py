@@ -35,6 +35,9 @@ class LoopSettings:
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "of matrix products; weights stay fp32. auto: bf16 where the device has it, else fp32"
     )
+    recompute: Literal["none", "op", "layer"] = setting(
+        "none", "what the backward computes again instead of keeping: the recurrence's insides, or whole layers"
+    )
     compile: bool = setting(False, "torch.compile the model: faster steps, a minute or more before the first")
     eval_every: int = setting(250, "steps between evaluations on what is held out; 0: only at the end")
     save_every: int = setting(0, "steps between checkpoints; 0: with every evaluation")

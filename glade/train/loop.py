@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from glade.errors import GladeError
 from glade.model.lm import LanguageModel
+from glade.ops.linear_attention import recomputing
 from glade.train.config import LoopSettings
 from glade.train.resume import Progress
 from glade.train.schedule import learning_rate_factor
@@ -174,7 +175,7 @@ class Trainer:
 
     def _backward(self, step: int, part: int) -> Pass:
         """The gradients of one pass, added to those of the step; the pass without its graph."""
-        with self.precision():
+        with self.precision(), recompute(self.model, self.settings.recompute):
             done = self.objective.forward(step, part)
         objective, balance = done.loss, done.load_balance
         if balance is not None:
@@ -200,6 +201,17 @@ class Trainer:
             for part in range(self.settings.accumulate):
                 self.objective.forward(step, part)
         return found[0] if found else None
+
+
+@contextmanager
+def recompute(model: LanguageModel, what: str) -> Iterator[None]:
+    """While inside, forward passes keep for the backward what `train.recompute` says, and no more."""
+    before, model.recompute_layers = model.recompute_layers, what == "layer"
+    try:
+        with recomputing(what == "op"):
+            yield
+    finally:
+        model.recompute_layers = before
 
 
 def _step_result(passes: list[Pass], norm: Tensor) -> StepResult:

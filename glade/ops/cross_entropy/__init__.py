@@ -33,7 +33,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, bias: Te
         The losses in nats, [...], fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: a shape or dtype that does not fit, or a target that is not in the vocabulary.
+        ValueError: a shape or dtype that does not fit, or a target that is not in the vocabulary (on a GPU that is a
+            device assertion).
     """
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {list(x.shape)} and weight {list(weight.shape)}; give [..., D] and [vocab, D]")

@@ -18,8 +18,15 @@ MAX_LOGITS_BYTES = 256 * 2**20
 
 
 def _check(targets: Tensor, vocab: int) -> None:
-    """A look at the values waits for the device, which a CUDA graph cannot record: none while one is captured."""
-    if not (targets.is_cuda and torch.cuda.is_current_stream_capturing()):
+    """On a GPU a target outside the vocabulary is a device assertion, as an id is for torch's embedding: to read one
+    back would make every step wait for the device.
+
+    Raises:
+        ValueError: such a target on the CPU.
+    """
+    if targets.is_cuda:
+        torch._assert_async((targets < vocab).all(), f"a target is not among the {vocab} tokens of the vocabulary")
+    else:
         check_targets(targets, vocab)
 
 

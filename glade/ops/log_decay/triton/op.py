@@ -38,7 +38,7 @@ def softplus(x):
 
 
 @triton.jit
-def forward_kernel(
+def log_decay_kernel(
     z, z_stride, rate, bias, g, num_rows, width,
     BIAS: tl.constexpr, SIGN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def log_decay_backward_kernel(
     dg, dg_stride, z, z_stride, rate, bias, dz, parts, num_rows, width,
     BIAS: tl.constexpr, SIGN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def _forward(z: Tensor, rate: Tensor, bias: Tensor | None, form: str) -> Tensor:
         rows, cut = _rows(z), _cut(z, bias, form)
         grid = triton.cdiv(len(rows), cut["R"]), triton.cdiv(rows.shape[1], cut["BC"])
         with device_of(z):
-            forward_kernel[grid](rows, rows.stride(0), *_parameters(rate, bias), g, *rows.shape, **cut)
+            log_decay_kernel[grid](rows, rows.stride(0), *_parameters(rate, bias), g, *rows.shape, **cut)
     return g
 
 
@@ -105,7 +105,7 @@ def _backward(dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: st
     blocks, width = triton.cdiv(len(rows), TILES * cut["R"]), rows.shape[1]
     parts = rate.new_empty(blocks, 2, width, dtype=torch.float32)
     with device_of(z):
-        backward_kernel[(blocks, triton.cdiv(width, cut["BC"]))](
+        log_decay_backward_kernel[(blocks, triton.cdiv(width, cut["BC"]))](
             dg, dg.stride(0), rows, rows.stride(0), *_parameters(rate, bias), dz, parts, *rows.shape,
             TILES=TILES, **cut,
         )  # fmt: skip

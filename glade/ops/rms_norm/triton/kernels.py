@@ -28,7 +28,7 @@ def inverse_rms(x, n, eps):
 
 
 @triton.jit
-def forward_kernel(
+def rms_norm_kernel(
     x, x_token, x_head, other, other_token, other_head, weight, y, total, num_rows, heads, n, eps,
     GATE: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def rms_norm_backward_kernel(
     dy, dy_token, dy_head, x, x_token, x_head, other, other_token, other_head, weight, dx, dother, parts,
     num_rows, heads, n, eps,
     GATE: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,

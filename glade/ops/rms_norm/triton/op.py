@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import device_of
 from glade.ops.rms_norm.register import register, register_add
-from glade.ops.rms_norm.triton.kernels import backward_kernel, forward_kernel
+from glade.ops.rms_norm.triton.kernels import rms_norm_backward_kernel, rms_norm_kernel
 
 TILE = 2048  # elements of a tile of rows, if a row is no longer
 TILES = 16  # of the backward, whose gradients of the weight one program sums
@@ -43,7 +43,7 @@ def _run_forward(
     heads, n, cut = _heads(x, gate), x.shape[-1], _cut(x.shape[-1])
     num_rows = x.numel() // n
     with device_of(x):
-        forward_kernel[(triton.cdiv(num_rows, cut["R"]),)](
+        rms_norm_kernel[(triton.cdiv(num_rows, cut["R"]),)](
             *_rows(x, heads), *_rows(other, heads), weight.contiguous(), y, total, num_rows, heads, n, eps,
             GATE=gate is not None, SILU=gate == "silu", ADD=total is not None, **cut,
         )  # fmt: skip
@@ -66,7 +66,7 @@ def _run_backward(
     cut, num_rows = _cut(n), x.numel() // n
     parts = weight.new_empty(triton.cdiv(num_rows, TILES * cut["R"]), n, dtype=torch.float32)
     with device_of(x):
-        backward_kernel[(len(parts),)](
+        rms_norm_backward_kernel[(len(parts),)](
             *_rows(dy, heads), *_rows(x, heads), *_rows(other, heads), weight.contiguous(), dx, dother, parts,
             num_rows, heads, n, eps,
             GATE=gate is not None, SILU=gate == "silu", ADD=gate is None and other is not None,

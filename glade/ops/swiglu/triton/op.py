@@ -19,7 +19,7 @@ MAX_CHANNELS = 256  # of a tile
 
 
 @triton.jit
-def forward_kernel(x, stride, y, num_rows, width, R: tl.constexpr, BC: tl.constexpr):
+def swiglu_kernel(x, stride, y, num_rows, width, R: tl.constexpr, BC: tl.constexpr):
     rows, columns = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * BC + tl.arange(0, BC)
     live = (rows < num_rows)[:, None] & (columns < width)[None, :]
     at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
@@ -31,7 +31,7 @@ def forward_kernel(x, stride, y, num_rows, width, R: tl.constexpr, BC: tl.conste
 
 
 @triton.jit
-def backward_kernel(dy, dy_stride, x, stride, dx, num_rows, width, R: tl.constexpr, BC: tl.constexpr):
+def swiglu_backward_kernel(dy, dy_stride, x, stride, dx, num_rows, width, R: tl.constexpr, BC: tl.constexpr):
     rows, columns = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * BC + tl.arange(0, BC)
     live = (rows < num_rows)[:, None] & (columns < width)[None, :]
     at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
@@ -63,7 +63,7 @@ def _forward(x: Tensor) -> Tensor:
         rows = _rows(x)
         grid, cut = _cut(len(rows), width)
         with device_of(x):
-            forward_kernel[grid](rows, rows.stride(0), y, len(rows), width, **cut)
+            swiglu_kernel[grid](rows, rows.stride(0), y, len(rows), width, **cut)
     return y
 
 
@@ -73,7 +73,7 @@ def _backward(dy: Tensor, x: Tensor) -> Tensor:
         rows, dy = _rows(x), _rows(dy)
         grid, cut = _cut(*dy.shape)
         with device_of(x):
-            backward_kernel[grid](dy, dy.stride(0), rows, rows.stride(0), dx, *dy.shape, **cut)
+            swiglu_backward_kernel[grid](dy, dy.stride(0), rows, rows.stride(0), dx, *dy.shape, **cut)
     return dx
 
 
