@@ -306,6 +306,19 @@ def test_compiles_without_a_graph_break(backend):
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
+def test_the_custom_op_is_registered_rightly_and_gives_what_the_eager_call_gives(backend):
+    inputs = {n: x.requires_grad_() for n, x in make_inputs(CORNERS["gdn2"], Shape(T=40)).items()}
+    op = getattr(torch.ops.glade, f"linear_attention_{backend}").default
+    arguments = [inputs.get(name) for name in ("q", "k", "v", "g", "erase", "write")]
+    arguments += [inputs["q"].shape[-1] ** -0.5, inputs["state"], None, True]
+    torch.library.opcheck(op, arguments)
+    results = []
+    for o, state, *_ in (op(*arguments), call(inputs, backend)):
+        results.append((o, state, *torch.autograd.grad(o.sum(), list(inputs.values()))))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_packed_documents(backend):
     compiled = torch.compile(lambda x, cu: call(x, backend, cu), fullgraph=True, backend="aot_eager")

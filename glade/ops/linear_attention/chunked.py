@@ -30,7 +30,7 @@ from glade.ops.linear_attention.chunk_algebra import (
     unit_lower_inverse,
 )
 from glade.ops.linear_attention.chunk_layout import ChunkLayout, chunk_layout, chunk_size, max_chunks
-from glade.ops.linear_attention.contract import over_value_heads, per_channel, state_dtype
+from glade.ops.linear_attention.contract import final_like, over_value_heads, per_channel, state_dtype
 from glade.ops.linear_attention.reference import step_
 from glade.ops.linear_attention.register import register
 
@@ -107,7 +107,7 @@ def _times(decay: Tensor | None, x: Tensor) -> Tensor:
 def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
     """[o, final state], and if `keep` the state before each chunk and R, as `_kept_like` shapes them."""
     layout = chunk_layout(v, cu_seqlens, chunk_size(v.shape[1], CHUNK))
-    S = _initial_state(layout, q, v, state, cu_seqlens)
+    S = _state_or_zeros(layout, q, v, state, cu_seqlens)
     x = _Chunks(layout, q, k, v, g, erase, write, scale)
     intra = _Intra(x)
     C = layout.chunk
@@ -138,7 +138,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     intra = _Intra(x)
     states, R = (y[: layout.num_chunks] for y in (*kept, x.z)[:2])
     do = layout.to_chunks(do, R.dtype)
-    dR, dS_after, dS = _backward_states(layout, intra, do, layout.to_ranks(d_final))
+    dR, dS_after, dS = _backward_states(layout, intra, do, _state_or_zeros(layout, q, v, d_final, cu_seqlens))
 
     # what reaches q, e, k from inside the chunk, from the state before it and to the state after it
     read = do if intra.E is None else torch.cat([-dR, do], dim=2)
@@ -211,13 +211,12 @@ def _gate_gradient(per_token: Tensor, to_end: Tensor, carried: Tensor, scalar: b
     return after + before + carried
 
 
-def _initial_state(
+def _state_or_zeros(
     layout: ChunkLayout, q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     if state is not None:
         return layout.to_ranks(state)
-    rows = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    return v.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(v))
+    return final_like(q, v, cu_seqlens).zero_()
 
 
 def _over_groups(layout: ChunkLayout, dx: Tensor, x: Tensor) -> Tensor:

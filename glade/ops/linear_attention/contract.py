@@ -17,6 +17,12 @@ def state_dtype(v: Tensor) -> torch.dtype:
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
+def final_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Room for the final state: [B, HV, K, V], or [N, HV, K, V] with cu_seqlens."""
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(v))
+
+
 def check_call(
     q: Tensor,
     k: Tensor,

@@ -50,12 +50,10 @@ def backend_for(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         if chosen.name == "torch":
             cpu.say_absence(device, dtype)
         return chosen
-    able = [b.name for b in BACKENDS.values() if b.refuses(device, dtype) is None]
-    if name not in BACKENDS:
-        raise BackendError(f"backend {name!r} is not installed here; on {device} these are: {', '.join(able)}, auto")
-    reason = BACKENDS[name].refuses(device, dtype)
+    reason = BACKENDS[name].refuses(device, dtype) if name in BACKENDS else "is not installed here"
     if reason is not None:
-        raise BackendError(f"backend {name!r} {reason}. Use {' or '.join(map(repr, able))}, or 'auto'")
+        able = " or ".join(map(repr, available_backends(device, dtype)))
+        raise BackendError(f"backend {name!r} {reason}. Use {able}, or 'auto'")
     return BACKENDS[name]
 
 

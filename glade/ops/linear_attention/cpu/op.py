@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glade.ops import native
+from glade.ops.linear_attention.contract import final_like
 from glade.ops.linear_attention.register import register
 from glade.ops.native import ABSENT, DTYPES, address, array
 from glade.ops.packing import document_borders
@@ -76,6 +77,11 @@ def _readable_gates(*gates: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else _readable(x) for x in gates]
 
 
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    # asked here: torch takes tens of microseconds to find that there is nothing to do
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _head(q: Tensor, v: Tensor, borders: Tensor | None, scale: float) -> tuple[float, ...]:
     B, T, H, K = q.shape
     num_sequences = B if borders is None else len(borders) - 1
@@ -105,9 +111,8 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
     q, k, v = (_readable(x) for x in (q, k, v))
     gates = _readable_gates(g, erase, write)
     state = None if state is None else state.contiguous()
-    rows = v.shape[0] if borders is None else len(borders) - 1
     o = v.new_empty(v.shape)
-    final = v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    final = final_like(q, v, cu_seqlens)
     states, updates = (*kept, None, None)[:2]
     record = _CALL.pack(
         *_head(q, v, borders, scale),
@@ -119,7 +124,7 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
         *(0, 0),
     )
     _check(_library().call("glade_forward", record))
-    return [o.to(dtype), final, *kept]
+    return [_as(dtype, o), final, *kept]
 
 
 def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> list[Tensor]:
@@ -127,7 +132,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     dtypes = [x.dtype for x in (q, k, v, g, erase, write) if x is not None]
     borders = _borders(cu_seqlens, v.shape[1])
     q, k, v, do = (_readable(x) for x in (q, k, v, do))
-    gates, d_final = _readable_gates(g, erase, write), d_final.contiguous()
+    gates, d_final = _readable_gates(g, erase, write), None if d_final is None else d_final.contiguous()
     HV, group = v.shape[2], v.shape[2] // q.shape[2]
     # heads of q and k that several value heads read: one gradient for each of these in fp32, summed afterwards
     dq, dk = (
@@ -152,7 +157,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     if group > 1:
         dq, dk = (x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
     gradients = [x for x in (dq, dk, *others) if x is not None]
-    gradients = [x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
+    gradients = [_as(dtype, x) for x, dtype in zip(gradients, dtypes, strict=True)]
     return gradients if d_state is None else [*gradients, d_state]
 
 
@@ -175,7 +180,7 @@ def step_(q, k, v, g, erase, write, scale, state, slots) -> Tensor:
     _check(_library().call("glade_step", record))
     if not gapless:
         state.copy_(table)
-    return o.squeeze(1).to(dtype)
+    return _as(dtype, o.squeeze(1))
 
 
 run = register("cpu", forward, backward, _kept_like)

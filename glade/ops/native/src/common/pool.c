@@ -24,10 +24,15 @@ static long num_workers, wanted, working;
 static struct {
     Task run;
     const void *context;
-    long num_tasks;
+    long num_tasks, num_shares;
     size_t floats;
-    atomic_long next;
+    atomic_long arrived;
 } job;
+
+/* A share of the tasks is as many neighbours; each has its line of the cache. */
+static struct {
+    _Alignas(64) atomic_long next;
+} shares[MOST_THREADS];
 
 static void free_memory(void *pointer) {
     Memory *m = pointer;
@@ -67,8 +72,14 @@ static float *memory_for(size_t floats) {
     return m->memory;
 }
 
+/* A thread takes its own share first, then what is left of the others': neighbours write to the same lines of the cache,
+ * and two threads on them would wait for each other's. */
 static void take_tasks(float *memory) {
-    for (long task; (task = atomic_fetch_add(&job.next, 1)) < job.num_tasks;) job.run(job.context, task, memory);
+    long own = atomic_fetch_add(&job.arrived, 1);
+    for (long i = 0; i < job.num_shares; i++) {
+        long share = (own + i) % job.num_shares, end = (share + 1) * job.num_tasks / job.num_shares;
+        for (long task; (task = atomic_fetch_add(&shares[share].next, 1)) < end;) job.run(job.context, task, memory);
+    }
 }
 
 static void *work(void *unused) {
@@ -109,7 +120,9 @@ int pool_run(Task run, const void *context, long num_tasks, long num_threads, si
     }
     pthread_mutex_lock(&lock);
     job.run = run, job.context = context, job.num_tasks = num_tasks, job.floats = floats;
-    atomic_store(&job.next, 0);
+    job.num_shares = num_threads;
+    atomic_store(&job.arrived, 0);
+    for (long i = 0; i < num_threads; i++) atomic_store(&shares[i].next, i * num_tasks / num_threads);
     start_workers(num_threads - 1);
     wanted = num_threads - 1 < num_workers ? num_threads - 1 : num_workers;
     pthread_cond_broadcast(&job_waits);

@@ -437,7 +437,7 @@ static __attribute__((noinline)) void chunk_backward(Buffers *b, const Call *cal
 INLINE void head_backward(Buffers *b, const Call *call, const Sizes *s, const Sequence *seq, long index, long head,
                           Gate gate, int erases) {
     size_t at = (size_t)(index * call->num_value_heads + head) * s->K * s->V;
-    read_state(b->dS, call->d_final + at, s, 0, num_panels(s->Vp));
+    read_state(b->dS, call->d_final ? call->d_final + at : NULL, s, 0, num_panels(s->Vp));
     for (long start = (seq->length - 1) / CHECKPOINT * CHECKPOINT; start >= 0 && seq->length > 0; start -= CHECKPOINT) {
         long num = replay(b, call, s, seq, head, start, gate, erases);
         for (long i = num - 1; i >= 0; i--)

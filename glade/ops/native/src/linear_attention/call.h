@@ -20,7 +20,7 @@ typedef struct {
     float *updates;
     /* backward only */
     Array d_o, d_q, d_k, d_v, d_g, d_erase, d_write;
-    const float *d_final;
+    const float *d_final; /* NULL is zeros */
     float *d_state;
 } Call;
 
