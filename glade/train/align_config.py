@@ -62,7 +62,7 @@ class DpoTrainSettings(AlignSettings):
     """Section `train` of `glade dpo`."""
 
     lr: float | None = setting(
-        None, "peak learning rate; none: 0.0001 at width 128, falling as 1 / width; with lora four times that"
+        None, "peak learning rate; none: 0.00005 at width 128, falling as 1 / width; with lora four times that"
     )
 
 

@@ -26,7 +26,7 @@ from glade.train.reference import PASS_TOKENS, Reference, default_cache, pack_pa
 from glade.train.run import Results, Run, precision_context, report, uses_bf16
 from glade.train.shared_prompt import sum_by_answer, token_log_probs
 
-LR_AT_128 = 1e-4
+LR_AT_128 = 5e-5
 
 
 @dataclass(frozen=True)
