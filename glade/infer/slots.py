@@ -7,12 +7,14 @@ It knows nothing of text, queues or stopping: `decoding` and `engine` decide who
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from glade.infer.captured.graphs import Graphs
 from glade.infer.config import SamplingParams
 from glade.infer.rows import growing_layers, put, rest_, trim
 from glade.infer.sampler import Rules, draw, gumbel_noise, rules_of
@@ -20,6 +22,9 @@ from glade.infer.step import decode_step
 from glade.model.lm import LanguageModel
 from glade.model.state import State
 from glade.ops.attention import reserve
+
+if TYPE_CHECKING:
+    from glade.infer.captured.program import Binding, Program
 
 # tokens that a growing layer has room for at first; it doubles from there
 _MIN_ROOM = 64
@@ -43,12 +48,23 @@ class _Batch(NamedTuple):
 
     slots: Tensor | None  # [B] int64; None is all rows in order
     taken: list[int]  # the slot of each row of the batch that is somebody's, in the batch's order
+    rows: Sequence[int]  # for each of `taken`, its row of the batch
     resting: Tensor  # the slots that are computed along although nobody sits there
     seeds: Tensor  # [B] int64
     # Rows that are drawn in one go. On the CPU each alone: it pays for its own rules and no others', and what it
     # works on stays in the cache.
     rules: list[tuple[slice, Rules]]
     tops: list[int]  # for each of `taken`, how many most likely tokens it reports
+    program: "Program | None"  # of a GPU, to be recorded
+    live: Tensor  # [B] int64: 1, or 0 where the row's slot is a resting one
+    tensors: list[Tensor]  # what a recorded step reads of all this
+
+    def of(self, tensors: Sequence[Tensor]) -> "_Batch":
+        """The same with these in the place of `tensors`."""
+        slots, live, seeds, temperature, top_k, top_p, min_p, penalty = tensors
+        (part, rules), *_ = self.rules
+        rules = rules._replace(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, penalty=penalty)
+        return self._replace(slots=slots, live=live, seeds=seeds, rules=[(part, rules)])
 
 
 class Slots:
@@ -85,6 +101,8 @@ class Slots:
         self._seeds = [0] * size
         self._read = [0] * size
         self._batch: _Batch | None = None
+        self._graphs = Graphs(self.device)
+        self._bound: Binding | None = None
 
     def fill(
         self, slot: int, state: State | None, unread: int, params: SamplingParams, seed: int, read: Iterable[int] = ()
@@ -126,17 +144,33 @@ class Slots:
         batch = self._batch = self._batch or self._seat()
         self._make_room(max(self._read) + 1)
         with evaluating(self.model):
-            report = self._advance(batch)
+            report = self._advance(batch) if batch.program is None else self._replay(batch, batch.program)
         for slot in batch.taken:
             self._read[slot] += 1
         return _tokens(report, batch)
 
+    def _replay(self, batch: _Batch, program: "Program") -> Tensor:
+        """`_advance` as one recorded graph."""
+        bound = program.bind(self.state)
+        if bound is not self._bound:
+            self._graphs.clear()
+            self._bound = bound
+        rules = batch.rules[0][1]
+        facts = (rules.drawn, rules.penalized, rules.widest, rules.whole)
+        kind = (len(batch.live), *facts, max(batch.tops), self.seen is None)
+        return self._graphs.run(kind, batch.tensors, lambda tensors: self._advance(batch.of(tensors)))
+
     def _advance(self, batch: _Batch) -> Tensor:
-        """The step as tensor code: nothing in it asks the device for a value. Returns what `_tokens` reads."""
-        if len(batch.resting):
-            rest_(self.state, batch.resting)
+        """The step as tensor code. Returns what `_tokens` reads."""
         rows = slice(None) if batch.slots is None else batch.slots
-        logits = self._decode(self.unread[rows], self.state, batch.slots)[:, : self.vocab_size]
+        if batch.program is None or batch.slots is None:
+            if len(batch.resting):
+                rest_(self.state, batch.resting)
+            logits = self._decode(self.unread[rows], self.state, batch.slots)
+        else:
+            # ids that were drawn or checked, in rows that have room: nothing here asks the device for a value
+            logits = batch.program.enqueue(self.unread[rows], self.state, batch.slots, batch.live)
+        logits = logits[:, : self.vocab_size]
         positions = self.state.position[rows]
         penalized = self.seen is not None and any(rules.penalized for _, rules in batch.rules)
         seen = self.seen[rows] if self.seen is not None and penalized else None
@@ -168,17 +202,36 @@ class Slots:
 
     def _seat(self) -> _Batch:
         taken = [slot for slot, params in enumerate(self.params) if params is not None]
+        program = self._decode.captured
         rows = list(range(self.size)) if self.padded else taken
+        if program is not None and not self.padded:
+            # a power of two, filled up with slots where nobody sits: few sizes are recorded, and soon all of them
+            free = (slot for slot, params in enumerate(self.params) if params is None)
+            rows = [*taken, *islice(free, (1 << (len(taken) - 1).bit_length()) - len(taken))]
         params = [self.params[slot] or _FREE for slot in rows]
-        size = 1 if self.device.type == "cpu" else len(rows)
+        alone = self.device.type == "cpu" and program is None
+        size = 1 if alone else len(rows)
         parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        rules = [rules_of(params[part], self.vocab_size, self.device) for part in parts]
+        if program is not None:
+            rules = [each._replace(widest=_rounded_up(each.widest, self.vocab_size)) for each in rules]
+        everybody = len(rows) == self.size and program is None
+        slots, live, seeds = torch.tensor(
+            [rows, [self.params[slot] is not None for slot in rows], [self._seeds[slot] for slot in rows]],
+            device=self.device,
+        )
+        tensors = [slots, live, seeds, *rules[0][:5]]
         return _Batch(
-            slots=None if len(rows) == self.size else torch.tensor(rows, device=self.device),
+            slots=None if everybody else slots,
             taken=taken,
+            rows=taken if self.padded else range(len(taken)),
             resting=torch.tensor([slot for slot in rows if self.params[slot] is None], device=self.device).long(),
-            seeds=torch.tensor([self._seeds[slot] for slot in rows], device=self.device),
-            rules=[(part, rules_of(params[part], self.vocab_size, self.device)) for part in parts],
+            seeds=seeds,
+            rules=list(zip(parts, rules, strict=True)),
             tops=[min(params.logprobs, self.vocab_size) for params in self.params if params is not None],
+            program=program,
+            live=live,
+            tensors=tensors,
         )
 
     def _make_room(self, tokens: int) -> None:
@@ -210,13 +263,17 @@ def _tokens(report: Tensor, batch: _Batch) -> list[Token]:
     table = report.cpu().numpy()
     half = table.shape[1] // 2
     floats = table[:, half:].astype(np.int32).view(np.float32)
-    rows = range(len(table)) if batch.slots is not None else batch.taken
     tokens = []
-    for slot, row, num_top in zip(batch.taken, rows, batch.tops, strict=True):
+    for slot, row, num_top in zip(batch.taken, batch.rows, batch.tops, strict=True):
         logprob, *best = floats[row, : 1 + num_top].tolist()
         id, *best_ids = table[row, : 1 + num_top].tolist()
         tokens.append(Token(slot, id, logprob, tuple(zip(best_ids, best, strict=True))))
     return tokens
+
+
+def _rounded_up(width: int, most: int) -> int:
+    """To a power of two, so that a top-k of 40 and one of 50 are one kind of step."""
+    return min(1 << (width - 1).bit_length(), most) if width else 0
 
 
 @contextmanager

@@ -1,14 +1,19 @@
 """The decode step: one token for each row of a batch, by the fastest path there is for the model. Draws nothing."""
 
-from typing import Protocol
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from glade.errors import BackendError
-from glade.infer.native import CannotLower, Program, lower
+from glade.infer import native
+from glade.infer.native import CannotLower
 from glade.model.lm import LanguageModel
 from glade.model.quantized import is_quantized
 from glade.model.state import State
+
+if TYPE_CHECKING:
+    from glade.infer.captured.program import Program
 
 
 class Step(Protocol):
@@ -16,12 +21,18 @@ class Step(Protocol):
 
     @property
     def path(self) -> str:
-        """What runs the next token: `native`, the CPU's program, or `torch`, the model's own `step_`."""
+        """What runs the next token: `native`, the CPU's program; `captured`, the GPU's; or `torch`, the model's own
+        `step_`."""
         ...
 
     @property
     def reason(self) -> str:
-        """Why it is not `native`; empty if it is."""
+        """Why it is the model's own; empty if it is not."""
+        ...
+
+    @property
+    def captured(self) -> "Program | None":
+        """The GPU's program, for whoever records it as a graph; None on another path."""
         ...
 
     def __call__(self, ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
@@ -41,11 +52,16 @@ def decode_step(model: LanguageModel) -> Step:
     On the CPU a native program runs the whole model in one call. Activations are fp32 whatever the weights are; only a
     batch of several rows rounds them to bf16 for products with bf16 weights, where the processor multiplies pairs of
     them. A row's result is the same to the bit with any number of threads and in any batch (of bf16 weights: in any
-    of several rows). What cannot run so (`reason` says why: a mixture of experts, fp16 and fp64 weights, active
-    dropout, another device) goes through `LanguageModel.step_`.
+    of several rows).
 
-    Weights of 8 bits (`glade.model.quantized`) are read as such by the native program alone: on a CPU that cannot run
-    it they are refused, elsewhere each product widens them first.
+    On a CUDA device with Triton a program of few kernels a layer runs it, which `glade.infer.slots` records as a graph;
+    the model's maps of one input are laid together in memory for it. Activations are of the weights' dtype, sums fp32.
+
+    What cannot run so (`reason` says why: a mixture of experts, fp16 and fp64 weights, active dropout, another device)
+    goes through `LanguageModel.step_`.
+
+    Weights of 8 bits (`glade.model.quantized`) are read as such by the programs alone: on a CPU that cannot run its
+    program they are refused, elsewhere each product widens them first.
 
     Raises:
         BackendError: 8-bit weights on a CPU without the native program; also from a call, if the model became that.
@@ -58,19 +74,24 @@ def decode_step(model: LanguageModel) -> Step:
 class _DecodeStep:
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
-        self._program: Program | None = None
+        self._program: native.Program | Program | None = None
         self._reason = ""
         self._choose()
 
     @property
     def path(self) -> str:
         self._choose()
-        return "torch" if self._program is None else "native"
+        return "torch" if self._program is None else self._program.path
 
     @property
     def reason(self) -> str:
         self._choose()
         return self._reason
+
+    @property
+    def captured(self) -> "Program | None":
+        self._choose()
+        return None if self._program is None or isinstance(self._program, native.Program) else self._program
 
     def __call__(self, ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
         self._choose()
@@ -92,7 +113,7 @@ class _DecodeStep:
         try:
             if self._drops():
                 raise CannotLower("the model is in training mode and has dropout; call eval()")
-            self._program = lower(self._model)
+            self._program = _lower(self._model)
         except CannotLower as reason:
             self._reason = str(reason)
         if self._program is None and is_quantized(self._model) and self._model.embed.weight.device.type == "cpu":
@@ -101,3 +122,13 @@ class _DecodeStep:
     def _drops(self) -> bool:
         config = self._model.config
         return self._model.training and bool(config.dropout or config.residual_dropout)
+
+
+def _lower(model: LanguageModel) -> "native.Program | Program":
+    if model.embed.weight.device.type != "cuda":
+        return native.lower(model)
+    if find_spec("triton") is None:
+        raise CannotLower("Triton is not installed beside torch, and the GPU's decode step is written in it")
+    from glade.infer.captured.lower import lower
+
+    return lower(model)

@@ -176,6 +176,7 @@ def test_deterministic_bits_do_not_depend_on_the_neighbours(name: str, dtype: to
             logits.append(step(ids, state, slots))
             return logits[-1].clone()
 
+        watched.captured = None  # type: ignore[attr-defined]
         engine._slots._decode = watched  # type: ignore[assignment]
         for other in before:
             ask(engine, other, SamplingParams(max_new_tokens=4, seed=9))

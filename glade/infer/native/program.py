@@ -52,6 +52,8 @@ class _Bound(NamedTuple):
 class Program:
     """Instructions for one token of a model, and the workspace they run in. Not for two threads at once."""
 
+    path = "native"
+
     def __init__(
         self,
         instructions: list[Instruction],

@@ -1,0 +1,253 @@
+"""The instructions of a captured program: each launches one kernel, or few, on tensors of the run it is given.
+
+A place is the first column of some numbers in the workspace, which has a row a sequence.
+"""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from glade.infer.captured.kernels import attention, heads, product, rows
+from glade.infer.captured.weights import Matrix
+from glade.model.mixer import Mixer
+from glade.model.state import State
+
+# rows up to which a product is bound by its weights alone and needs no tensor cores
+_VECTOR_ROWS = 4
+_MOST_TILE_ROWS = 64
+# numbers of W times rows of x that a program of four warps holds in registers
+_MOST_AT_ONCE = 8192
+_LARGEST_STATE_TILE = 128 * 128
+
+
+class Run(NamedTuple):
+    """What the instructions of one step work on."""
+
+    ids: Tensor  # [B] int64
+    slots: Tensor  # [B] int64
+    live: Tensor  # [B] int64, 0 where nobody sits
+    state: State
+    pasts: tuple[Tensor | None, ...]  # of each layer what its convolutions remember, [rows, channels, W - 1]
+    workspace: Tensor  # [B, places]
+    logits: Tensor  # [B, vocab] fp32
+
+    def at(self, place: int) -> Tensor:
+        return self.workspace[0, place:]
+
+    @property
+    def stride(self) -> int:
+        return self.workspace.stride(0)
+
+
+class Norm(NamedTuple):
+    kind: int  # of kernels.heads
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+NO_NORM = Norm(0, None, None, 0.0)
+
+
+class Embed(NamedTuple):
+    table: Matrix
+    positions: Tensor | None
+    output: int
+
+    def launch(self, run: Run) -> None:
+        D = self.table.columns
+        rows.embed_kernel[(len(run.ids),)](
+            run.ids, run.slots, run.state.position, self.table.values, self.table.scales, self.positions,
+            run.at(self.output), run.stride, D,
+            BD=triton.next_power_of_2(D), INT8=self.table.scales is not None, LEARNED=self.positions is not None,
+        )  # fmt: skip
+
+
+class Normalize(NamedTuple):
+    """The norm of `width` numbers at `source`, to `output`, which may be `source`."""
+
+    norm: Norm
+    source: int
+    output: int
+    width: int
+
+    def launch(self, run: Run) -> None:
+        norm = self.norm
+        rows.norm_kernel[(len(run.ids),)](
+            run.at(self.source), run.stride, norm.weight, norm.bias, norm.eps, run.at(self.output), run.stride,
+            self.width, BD=triton.next_power_of_2(self.width), NORM=norm.kind, AFFINE=norm.weight is not None,
+        )  # fmt: skip
+
+
+class Convolution(NamedTuple):
+    """The short convolution of a product's first columns."""
+
+    taps: Tensor  # [channels, W]
+    layer: int
+    silu: bool
+
+
+class Product(NamedTuple):
+    """y = act(norm(x) W^T + b). From column `boundary` on, x is read `shift` places further on."""
+
+    matrix: Matrix
+    source: int
+    output: int | None  # None: the logits
+    width: int  # columns of y: fewer than the matrix has rows where SwiGLU halves them, or ids do not exist
+    before: int = product.AS_IT_IS.value
+    norm: Norm = NO_NORM
+    activation: int = product.NONE.value
+    target: int = product.STORE.value
+    convolution: Convolution | None = None
+    boundary: int = 2**31 - 1
+    shift: int = 0
+
+    def launch(self, run: Run) -> None:
+        num_rows, K = len(run.ids), self.matrix.columns
+        out = run.logits if self.output is None else run.at(self.output)
+        taps = past = None
+        past_stride = channels = 0
+        W, silu = 1, False
+        if self.convolution is not None:
+            taps, layer, silu = self.convolution
+            past = run.pasts[layer]
+            assert past is not None
+            channels, W, past_stride = taps.shape[0], taps.shape[1], past.stride(0)
+        kernel, grid, settings = self._tiles(num_rows, K)
+        kernel[grid](
+            run.at(self.source), run.stride, self.matrix.values, self.matrix.scales, self.matrix.bias,
+            self.norm.weight, self.norm.eps, taps, past, past_stride, run.slots, out,
+            run.logits.stride(0) if self.output is None else run.stride,
+            num_rows, self.width, channels, self.boundary, self.shift,
+            K=K, BEFORE=self.before, ACT=self.activation, TARGET=self.target, INT8=self.matrix.scales is not None,
+            BIAS=self.matrix.bias is not None, CONV=taps is not None, W=W, SILU=silu, **settings,
+        )  # fmt: skip
+
+    def _tiles(self, num_rows: int, K: int) -> tuple[Any, tuple[int, ...], dict[str, int]]:
+        """The kernel, its grid and its block sizes."""
+        if num_rows <= _VECTOR_ROWS:
+            M = triton.next_power_of_2(num_rows)
+            # a row of W in one go: all of a program's loads are on their way before it waits for any
+            BK = min(triton.next_power_of_2(K), _MOST_AT_ONCE // M)
+            BN = max(min(8 if self.width > 2048 else 4, _MOST_AT_ONCE * 2 // (M * BK)), 1)
+            warps = 8 if M * BN * BK > _MOST_AT_ONCE else 4
+            return product.vector_kernel, (triton.cdiv(self.width, BN),), dict(M=M, BN=BN, BK=BK, num_warps=warps)
+        M = min(max(triton.next_power_of_2(num_rows), 16), _MOST_TILE_ROWS)
+        BN = 16 if self.width <= 2048 else 32 if self.width <= 16384 else 64
+        BK = min(max(triton.next_power_of_2(K), 16), 128)
+        wide = 1 if self.matrix.values.dtype == torch.float32 else 0
+        grid = (triton.cdiv(self.width, BN), triton.cdiv(num_rows, M))
+        return product.tile_kernel, grid, dict(M=M, BN=BN, BK=BK >> wide, STAGES=3, num_warps=4)
+
+
+class LinearHeads(NamedTuple):
+    """The heads of a linear mixer; what the settings mean is in kernels.heads."""
+
+    layer: int
+    shape: tuple[int, int, int, int]  # H, HV, K, V
+    q: int
+    k: int
+    v: int
+    output: int
+    norm: Norm
+    settings: dict[str, Any]  # the constants of the kernel that differ between mixers
+    scale: float
+    decay: int = 0
+    decay_heads: int = 1
+    decay_constant: float = 1.0
+    a_log: Tensor | None = None
+    dt_bias: Tensor | None = None
+    erase: int = 0
+    write: int = 0
+    kaczmarz_eps: float = 0.0
+    output_gate: int = 0
+    log_theta: float = 0.0
+
+    def launch(self, run: Run) -> None:
+        H, HV, K, V = self.shape
+        layer = run.state.layers[self.layer]
+        KP, VP = triton.next_power_of_2(K), triton.next_power_of_2(V)
+        BV = min(VP, max(_LARGEST_STATE_TILE // KP, 1))
+        heads.heads_kernel[(len(run.ids) * HV,)](
+            run.workspace, run.stride, self.q, self.k, self.v, self.decay, self.erase, self.write, self.output_gate,
+            run.at(self.output), run.stride, run.slots, run.state.position, run.live, layer.length,
+            layer.recurrent, self.a_log, self.dt_bias, self.norm.weight, self.norm.bias, self.norm.eps, self.scale,
+            self.decay_constant, self.kaczmarz_eps, self.log_theta,
+            HV, HV // H, HV // self.decay_heads,
+            K=K, V=V, KP=KP, BV=BV, NUM_V=triton.cdiv(V, BV), NORM=self.norm.kind, AFFINE=self.norm.weight is not None,
+            **self.settings, num_warps=8,
+        )  # fmt: skip
+
+
+class AttentionHeads(NamedTuple):
+    """Attention of one token a row over the cache."""
+
+    layer: int
+    shape: tuple[int, int, int, int]  # H, HKV, K, V
+    q: int
+    k: int
+    v: int
+    gate: int | None
+    output: int
+    scale: float
+    q_norm: Norm
+    k_norm: Norm
+    turned: int
+    log_theta: float
+
+    def launch(self, run: Run) -> None:
+        H, HKV, K, V = self.shape
+        layer, num_rows = run.state.layers[self.layer], len(run.ids)
+        room = layer.k.shape[1]
+        splits = min(triton.next_power_of_2(triton.cdiv(room, 256)), 16)
+        KP, VP = triton.next_power_of_2(K), triton.next_power_of_2(V)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(num_rows * H, *shape, device=run.ids.device)
+
+        q, sums, tops, totals = floats(K), floats(splits, V), floats(splits), floats(splits)
+        attention.enter_kernel[(num_rows * (H + HKV),)](
+            run.workspace, run.stride, self.q, self.k, self.v, q, layer.k, layer.v, run.slots, run.state.position,
+            run.live, layer.length, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.k_norm.eps,
+            self.log_theta, H, HKV, K, V, room,
+            KP=KP, VP=VP, D=self.turned, NORM=self.q_norm.kind != 0,
+        )  # fmt: skip
+        attention.attend_kernel[(num_rows * H, splits)](
+            q, layer.k, layer.v, run.slots, run.state.position, sums, tops, totals, self.scale,
+            H, H // HKV, K, V, room, KP=KP, VP=VP, BS=32, SPLITS=splits,
+        )  # fmt: skip
+        attention.join_kernel[(num_rows * H,)](
+            sums, tops, totals, run.workspace, run.stride, self.gate or 0, run.at(self.output), run.stride, H, V,
+            VP=VP, SPLITS=splits, GATE=self.gate is not None,
+        )  # fmt: skip
+
+
+class OwnStep(NamedTuple):
+    """A mixer's own `step_`, where it asks the device for nothing: y is added to the numbers at `target`."""
+
+    mixer: Mixer
+    layer: int
+    source: int
+    target: int
+    width: int
+
+    def launch(self, run: Run) -> None:
+        x = run.workspace[:, self.source : self.source + self.width]
+        y, after = self.mixer.step_(x, run.state.layers[self.layer], run.slots)
+        assert all(a is b for a, b in zip(after, run.state.layers[self.layer], strict=True))
+        run.workspace[:, self.target : self.target + self.width] += y
+
+
+class Advance(NamedTuple):
+    """Every row has read one token more."""
+
+    def launch(self, run: Run) -> None:
+        rows.advance_kernel[(len(run.ids),)](run.state.position, run.slots, run.live)
+
+
+Instruction = Embed | Normalize | Product | LinearHeads | AttentionHeads | OwnStep | Advance

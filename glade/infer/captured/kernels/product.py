@@ -1,0 +1,179 @@
+"""A linear map of a few rows, with what stands before and after it: norm, convolution, activation, residual sum.
+
+    y = act(norm(x) W^T + b)    or    y += act(norm(x) W^T + b)
+
+Two kernels. Few rows are bound by reading W: `vector_kernel` multiplies in fp32, a row of W by every row of x as it
+comes from memory. More rows go through tensor cores: `tile_kernel`. An RMS norm needs no pass of its own: x meets its
+weight on the way in, and the answer is divided by the root mean square, summed in the same pass.
+
+W is [N, K] in x's dtype, or int8 with a scale a row. All else is fp32.
+"""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import triton
+import triton.language as tl
+
+# what is done to x
+AS_IT_IS, SILU_OF, RMS, RMS_EPS_OUTSIDE = (tl.constexpr(i) for i in range(4))
+# what is done to the answer
+NONE, SWIGLU, GELU = (tl.constexpr(i) for i in range(3))
+# where it goes
+STORE, ADD = tl.constexpr(0), tl.constexpr(1)
+
+
+@triton.jit
+def read_input(x, norm_weight, columns, row_live, squares, K: tl.constexpr, BEFORE: tl.constexpr):
+    """A tile of x [M, BK] in fp32 as the product takes it, and the sums of its squares added to `squares` [M]."""
+    tile = tl.load(x, mask=row_live[:, None] & (columns < K)[None, :], other=0.0).to(tl.float32)
+    if BEFORE >= RMS:
+        squares += tl.sum(tile * tile, 1)
+        tile *= tl.load(norm_weight + columns, mask=columns < K, other=0.0)[None, :].to(tl.float32)
+    if BEFORE == SILU_OF:
+        tile *= tl.sigmoid(tile)
+    return tile, squares
+
+
+@triton.jit
+def normalized(y, squares, eps, K: tl.constexpr, BEFORE: tl.constexpr):
+    if BEFORE == RMS:
+        y *= tl.rsqrt(squares / K + eps)[:, None]
+    if BEFORE == RMS_EPS_OUTSIDE:
+        y *= (1 / (tl.sqrt(squares / K) + eps))[:, None]
+    return y
+
+
+@triton.jit
+def scaled(y, scales, bias, columns, inside, INT8: tl.constexpr, BIAS: tl.constexpr):
+    if INT8:
+        y *= tl.load(scales + columns, mask=inside, other=0.0)[None, :]
+    if BIAS:
+        y += tl.load(bias + columns, mask=inside, other=0.0)[None, :].to(tl.float32)
+    return y
+
+
+@triton.jit
+def convolve(y, taps, past, past_stride, slot, columns, live, channels, W: tl.constexpr, SILU: tl.constexpr):
+    """The short convolution of the first `channels` columns; their past moves on. The rest is left as it is."""
+    live = live & (columns < channels)[None, :]
+    at = past + slot[:, None] * past_stride + columns[None, :] * (W - 1)
+    tap = taps + columns * W
+    sum = y * tl.load(tap + W - 1, mask=columns < channels, other=0.0)[None, :].to(tl.float32)
+    for j in tl.static_range(0, W - 1):
+        before = tl.load(at + j, mask=live, other=0.0).to(tl.float32)
+        sum += before * tl.load(tap + j, mask=columns < channels, other=0.0)[None, :].to(tl.float32)
+    for j in tl.static_range(0, W - 2):
+        after = tl.load(at + j + 1, mask=live, other=0.0)
+        # a tile's threads need not hold the same numbers in a load and in a store
+        tl.debug_barrier()
+        tl.store(at + j, after, mask=live)
+        tl.debug_barrier()
+    if W > 1:
+        tl.debug_barrier()
+        tl.store(at + W - 2, y.to(past.dtype.element_ty), mask=live)
+    if SILU:
+        sum *= tl.sigmoid(sum)
+    return tl.where((columns < channels)[None, :], sum, y)
+
+
+@triton.jit
+def activated(y, gate, ACT: tl.constexpr):
+    """act(y); for SWIGLU silu(gate) y."""
+    if ACT == SWIGLU:
+        y = gate * tl.sigmoid(gate) * y
+    if ACT == GELU:
+        inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        y = y * tl.sigmoid(2 * inner)
+    return y
+
+
+@triton.jit
+def finish(
+    y, gate, squares, eps, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns, row_live,
+    N, channels,
+    K: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr, TARGET: tl.constexpr, INT8: tl.constexpr,
+    BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    inside = columns < N
+    live = row_live[:, None] & inside[None, :]
+    at = out + rows[:, None] * out_stride + columns[None, :]
+    if ACT == SWIGLU:
+        gate = scaled(normalized(gate, squares, eps, K, BEFORE), scales, bias, columns, inside, INT8, BIAS)
+        y = scaled(normalized(y, squares, eps, K, BEFORE), scales, bias, columns + N, inside, INT8, BIAS)
+    else:
+        y = scaled(normalized(y, squares, eps, K, BEFORE), scales, bias, columns, inside, INT8, BIAS)
+    if CONV:
+        slot = tl.load(slots + rows, mask=row_live, other=0)
+        y = convolve(y, taps, past, past_stride, slot, columns, live, channels, W, SILU)
+    y = activated(y, gate, ACT)
+    if TARGET == ADD:
+        y += tl.load(at, mask=live, other=0.0).to(tl.float32)
+    tl.store(at, y.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def vector_kernel(
+    x, x_stride, w, scales, bias, norm_weight, eps, taps, past, past_stride, slots, out, out_stride,
+    num_rows, N, channels, boundary, shift,
+    K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
+    TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """M rows (a power of two) and BN columns a program, K whole."""
+    first = tl.program_id(0) * BN
+    rows, columns, k = tl.arange(0, M), first + tl.arange(0, BN), tl.arange(0, BK)
+    row_live = rows < num_rows
+    x += tl.where(first >= boundary, shift, 0)
+    squares = tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, BN, BK], tl.float32)
+    gates = sums
+    w_at = w + columns[:, None].to(tl.int64) * K + k[None, :]
+    for k0 in tl.static_range(0, K, BK):
+        inside = (columns < N)[:, None] & (k0 + k < K)[None, :]
+        tile = tl.load(w_at + k0, mask=inside, other=0).to(tl.float32)
+        x_at = x + rows[:, None] * x_stride + k0 + k[None, :]
+        x_tile, squares = read_input(x_at, norm_weight, k0 + k, row_live, squares, K, BEFORE)
+        if ACT == SWIGLU:
+            gates += x_tile[:, None, :] * tile[None, :, :]
+            up_at = w_at + k0 + N.to(tl.int64) * K
+            tile = tl.load(up_at, mask=inside, other=0).to(tl.float32)
+        sums += x_tile[:, None, :] * tile[None, :, :]
+    y = tl.sum(sums, 2)
+    gate = y
+    if ACT == SWIGLU:
+        gate = tl.sum(gates, 2)
+    finish(y, gate, squares, eps, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns,
+           row_live, N, channels, K, BEFORE, ACT, TARGET, INT8, BIAS, CONV, W, SILU)  # fmt: skip
+
+
+@triton.jit
+def tile_kernel(
+    x, x_stride, w, scales, bias, norm_weight, eps, taps, past, past_stride, slots, out, out_stride,
+    num_rows, N, channels, boundary, shift,
+    K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
+    TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr,
+    SILU: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """M rows (at least 16) and BN columns a program, K whole."""
+    first = tl.program_id(0) * BN
+    rows, columns, k = tl.program_id(1) * M + tl.arange(0, M), first + tl.arange(0, BN), tl.arange(0, BK)
+    row_live = rows < num_rows
+    x += tl.where(first >= boundary, shift, 0)
+    squares = tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, BN], tl.float32)
+    gates = sums
+    w_at = w + columns[:, None].to(tl.int64) * K + k[None, :]
+    x_at = x + rows[:, None] * x_stride + k[None, :]
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+        inside = (columns < N)[:, None] & (k0 + k < K)[None, :]
+        tile = tl.load(w_at + k0, mask=inside, other=0).to(x.dtype.element_ty)
+        x_tile, squares = read_input(x_at + k0, norm_weight, k0 + k, row_live, squares, K, BEFORE)
+        x_tile = x_tile.to(x.dtype.element_ty)
+        if ACT == SWIGLU:
+            gates = tl.dot(x_tile, tl.trans(tile), gates, input_precision="ieee")
+            up_at = w_at + k0 + N.to(tl.int64) * K
+            tile = tl.load(up_at, mask=inside, other=0).to(x.dtype.element_ty)
+        sums = tl.dot(x_tile, tl.trans(tile), sums, input_precision="ieee")
+    finish(sums, gates, squares, eps, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns,
+           row_live, N, channels, K, BEFORE, ACT, TARGET, INT8, BIAS, CONV, W, SILU)  # fmt: skip

@@ -1,0 +1,343 @@
+"""The GPU's decode step: its program against `step_` in fp64, and recorded steps against the same ones not recorded.
+
+On a machine without a GPU a part of it runs in Triton's interpreter, in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from glade.infer import step as steps
+from glade.infer.config import SamplingParams
+from glade.infer.engine import Engine, Request
+from glade.infer.slots import Slots
+from glade.infer.step import decode_step
+from glade.model import LanguageModel, ModelConfig
+from glade.model.config import MIXERS
+from glade.model.quantized import Int8Weight, quantize
+from glade.ops.tolerances import TOLERANCES, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB = 71
+gpu = pytest.mark.gpu
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def make(mixer="gdn2", dtype=torch.float32, **options):
+    """A model of 2 layers with nothing at its initial value, biases and norms included."""
+    if mixer != "rnn":
+        options = {"num_heads": 3, "head_dim": 20} | options
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(mixer=mixer, vocab_size=VOCAB, **{"dim": 50, "num_layers": 2} | options)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model.to(DEVICE, dtype)
+
+
+def in_fp64(model):
+    twin = LanguageModel(model.config).eval()
+    plain = {name: x.dequantized() if isinstance(x, Int8Weight) else x for name, x in model.state_dict().items()}
+    twin.load_state_dict(plain)
+    return twin.to(DEVICE).double()
+
+
+def ids_of(batch):
+    return torch.randint(VOCAB, (batch,), device=DEVICE)
+
+
+def tensors(state):
+    return [x for layer in state.layers for x in layer if x.numel()]
+
+
+def assert_steps_agree(model, batch=3, tokens=5):
+    """The program does what fp64's `step_` does, to logits and to every tensor of the state: within the tolerance, or
+    at most twice as far as the model's own `step_`, where two layers of that dtype's roundings are beyond it."""
+    twin, step = in_fp64(model), decode_step(model)
+    assert step.path == "captured", step.reason
+    state, eager, exact = model.init_state(batch), model.init_state(batch), twin.init_state(batch)
+    tolerance = TOLERANCES[model.embed.weight.dtype].value
+
+    def assert_near(x, own, expected):
+        assert relative_error(x, expected) < max(tolerance, 2 * relative_error(own, expected))
+
+    for _ in range(tokens):
+        ids = ids_of(batch)
+        assert_near(step(ids, state), model.step_(ids, eager), twin.step_(ids, exact))
+    assert torch.equal(state.position, exact.position)
+    for x, own, expected in zip(tensors(state), tensors(eager), tensors(exact), strict=True):
+        assert_near(x, own, expected)
+
+
+@gpu
+@DTYPES
+@pytest.mark.parametrize("batch", [1, 3, 8, 70])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer(mixer, batch, dtype):
+    assert_steps_agree(make(mixer, dtype), batch)
+
+
+@gpu
+@DTYPES
+@pytest.mark.parametrize("batch", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("mixer", ["gdn", "gdn2", "gla"])
+def test_sizes_as_they_are_used(mixer, batch, dtype):
+    """Heads of 128 channels, products that fill their blocks: what the time is measured of."""
+    assert_steps_agree(make(mixer, dtype, dim=512, num_heads=4, head_dim=128), batch, tokens=3)
+
+
+OPTIONS = [
+    ("gdn2", {"num_v_heads": 6}),
+    ("gdn2", {"head_dim": 16, "head_dim_v": 37}),
+    ("gdn2", {"head_dim": 128, "head_dim_v": 300, "num_heads": 1}),
+    ("gdn2", {"conv_size": 0}),
+    ("gdn2", {"conv_size": 1}),
+    ("gdn", {"conv_size": 3, "activation": "identity"}),
+    ("gdn", {"output_norm": "layernorm"}),
+    ("kda", {"output_norm": "layernorm_plain", "gate_lower_bound": -5.0}),
+    ("kda", {"output_norm": "absent", "output_gate": "absent", "gate_rank": 0}),
+    ("gdn2", {"output_gate": "sigmoid", "output_gate_rank": 5, "output_gate_bias": True}),
+    ("gdn2", {"allow_neg_eigval": True, "gate_lower_bound": -5.0, "gate_rank": 0, "num_v_heads": 6}),
+    ("gdn", {"kaczmarz": True, "kaczmarz_eps_mode": "floor", "kaczmarz_eps": 0.5}),
+    ("kla", {"kaczmarz_clip": True, "allow_neg_eigval": True, "num_v_heads": 6}),
+    ("delta", {"kaczmarz": True, "kaczmarz_clip": True, "allow_neg_eigval": True}),
+    ("gla", {"gate_form": "sigmoid_temperature"}),
+    ("gla", {"gate_rank": 0, "gate_normalizer": 3.0, "num_v_heads": 6}),
+    ("linear", {"feature_map": "relu", "qk_l2norm": True, "rope_fraction": 0.5, "rope_theta": 100.0}),
+    ("retnet", {"rope": False, "num_v_heads": 6, "scale": 0.3}),
+    ("softmax", {"num_kv_heads": 1, "qk_norm": True, "attention_gate": True, "qkv_bias": True, "out_bias": True}),
+    ("softmax", {"head_dim_v": 9, "rope": False, "scale": 0.7}),
+    ("swa", {"window": 3, "rope_fraction": 0.5, "qk_norm": True}),
+    ("rnn", {"rnn_activation": "slide", "rnn_dim": 33}),
+    ("gdn2", {"tie_embeddings": False, "vocab_multiple": 64, "learned_positions": 9}),
+    ("gdn2", {"norm": "layernorm"}),
+    ("gdn2", {"norm": "rmsnorm_eps_outside", "norm_eps": 0.1, "ffn": "none"}),
+    ("gdn2", {"norm_placement": "post", "ffn": "gelu", "ffn_dim": 70}),
+    ("gdn2", {"layers": "gdn2 softmax", "ffn_dim": 41, "ffn_bias": True}),
+]  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize(("mixer", "options"), OPTIONS, ids=str)
+def test_options(mixer, options, batch):
+    assert_steps_agree(make(mixer, **options), batch, tokens=7)
+
+
+@gpu
+@pytest.mark.parametrize("batch", [1, 2, 9])
+@pytest.mark.parametrize("mixer", ["gdn", "gdn2", "gla", "softmax"])
+def test_weights_of_8_bits(mixer, batch):
+    assert_steps_agree(quantize(make(mixer)), batch, tokens=3)
+    assert_steps_agree(quantize(make(mixer, torch.bfloat16)), batch, tokens=3)
+
+
+def check_slots(layers):
+    """Rows in any order, some of them resting."""
+    options = {"window": 3} if "swa" in layers else {}
+    model = make(layers=layers, **options)
+    twin, step = in_fp64(model), decode_step(model)
+    state, expected = model.init_state(5), twin.init_state(5)
+    for slots in ([4, 0], [2], [0, 1, 2, 3, 4], [3, 1, 4]) * 2:
+        ids, slots = ids_of(len(slots)), torch.tensor(slots, device=DEVICE)
+        assert relative_error(step(ids, state, slots), twin.step_(ids, expected, slots)) < 1e-5
+    assert torch.equal(state.position, expected.position)
+    for x, y in zip(tensors(state), tensors(expected), strict=True):
+        assert relative_error(x, y) < 1e-5
+
+
+@gpu
+@pytest.mark.parametrize("layers", ["gdn2 swa", "linear softmax"])
+def test_slots(layers):
+    check_slots(layers)
+
+
+MIXED = [
+    SamplingParams(temperature=0, max_new_tokens=12),
+    SamplingParams(temperature=1.0, seed=3, max_new_tokens=9, logprobs=2),
+    SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_new_tokens=14),
+    SamplingParams(temperature=0.8, top_k=5, min_p=0.05, repetition_penalty=1.3, seed=5, max_new_tokens=7),
+    SamplingParams(temperature=1.2, min_p=0.1, seed=6, max_new_tokens=70),
+]
+
+
+class NotRecorded:
+    """`Graphs` that calls every function itself."""
+
+    def clear(self):
+        pass
+
+    def run(self, kind, tensors, function):
+        return function(tensors)
+
+
+def answers(model, recorded, *, deterministic=False, requests=MIXED, prompts=3, max_batch=4):
+    """What an engine says when more requests come than it has slots."""
+    engine = Engine(model, max_batch=max_batch, prefill_tokens=8, deterministic=deterministic)
+    if not recorded:
+        engine._slots._graphs = NotRecorded()
+    said = {}
+    for i, params in enumerate(requests):
+        said[i] = []
+        engine.submit(Request(prompt=tuple(range(1, prompts + i + 1)), params=params), said[i].append)
+    while engine.step():
+        pass
+    records = len(engine._slots._graphs) if recorded else 0
+    engine.close()
+    return {i: [(d.token_id, d.logprob, d.top, d.finished) for d in deltas] for i, deltas in said.items()}, records
+
+
+def check_recorded(layers, dtype):
+    model = make(dtype=dtype, layers=layers, **({"window": 6} if "swa" in layers else {}))
+    recorded, records = answers(model, True)
+    assert records > 0
+    assert recorded == answers(model, False)[0]
+    assert all(said[-1][3] == "length" for said in recorded.values())
+
+
+@gpu
+@DTYPES
+@pytest.mark.parametrize("layers", ["gdn2", "gdn swa", "linear softmax", "gla"])
+def test_a_recorded_step_draws_what_the_step_draws(layers, dtype):
+    """To the bit, also where the keys and values outgrow their room (64 tokens) and sequences come and go."""
+    check_recorded(layers, dtype)
+
+
+@gpu
+def test_a_graph_is_replayed_in_the_engines_own_thread():
+    model = make("gdn2", torch.bfloat16)
+    expected, _ = answers(model, False)
+    said = {i: [] for i in range(len(MIXED))}
+    with Engine(model, max_batch=4, prefill_tokens=8) as engine:
+        tickets = [
+            engine.submit(Request(prompt=tuple(range(1, 4 + i)), params=params), said[i].append)
+            for i, params in enumerate(MIXED)
+        ]
+        assert tickets
+        while any(not deltas or deltas[-1].finished is None for deltas in said.values()):
+            torch.cuda.synchronize()
+    assert {i: [d.token_id for d in said[i]] for i in said} == {i: [x[0] for x in expected[i]] for i in expected}
+
+
+@gpu
+@DTYPES
+def test_deterministic_answers_do_not_depend_on_the_neighbours(dtype):
+    model = make(dtype=dtype)
+    alone, _ = answers(model, True, deterministic=True, requests=MIXED[:1])
+    together, _ = answers(model, True, deterministic=True)
+    assert alone[0] == together[0]
+
+
+@gpu
+def test_follows_the_weights():
+    model = make()
+    step = decode_step(model)
+
+    def agrees():
+        ids = ids_of(2)
+        expected = in_fp64(model).step_(ids, in_fp64(model).init_state(2))
+        return relative_error(step(ids, model.init_state(2)), expected) < 1e-5
+
+    assert agrees()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)  # in place: the parameters are still what the kernels read
+    assert agrees()
+    for p in model.parameters():
+        p.data = p.data * 0.9  # elsewhere
+    assert agrees()
+    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}, assign=True)
+    assert agrees()
+    assert step.path == "captured"
+
+
+@gpu
+def test_a_model_read_by_two_steps_is_laid_out_once():
+    model = make()
+    first, second = decode_step(model), decode_step(model)
+    ids = ids_of(2)
+    assert first.captured is not None and first.captured.is_current()
+    assert torch.equal(first(ids, model.init_state(2)), second(ids, model.init_state(2)))
+    assert first.captured.is_current()
+
+
+@gpu
+def test_what_cannot_be_lowered_says_why_and_still_decodes():
+    cases = {
+        "MoE": make(ffn="moe", num_experts=4),
+        "float64": make(dtype=torch.float64),
+        "dropout": make(dropout=0.1).train(),
+    }
+    for reason, model in cases.items():
+        step = decode_step(model)
+        assert step.path == "torch" and reason in step.reason
+        assert step(ids_of(2), model.init_state(2)).isfinite().all()
+
+
+@gpu
+def test_refusals_leave_the_state_as_it_is():
+    model = make(learned_positions=2)
+    step, state = decode_step(model), model.init_state(2)
+    for message, ids, slots in [
+        ("71 entries", [3, 71], None),
+        ("distinct rows", [1, 2], [0, 2]),
+        ("distinct rows", [1, 2], [1, 1]),
+        ("one token a row", [1], None),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            step(torch.tensor(ids, device=DEVICE), state, None if slots is None else torch.tensor(slots).to(DEVICE))
+    for _ in range(2):
+        step(ids_of(2), state)
+    with pytest.raises(ValueError, match="2 learned positions"):
+        step(ids_of(2), state)
+
+
+@gpu
+def test_memory_does_not_grow_with_the_answers():
+    model = make(dtype=torch.bfloat16)
+    slots = Slots(model, 8)
+    for slot in range(8):
+        slots.fill(slot, None, 1, SamplingParams(temperature=1.0), seed=slot)
+    for _ in range(5):
+        slots.step()
+    before = torch.cuda.memory_allocated()
+    for _ in range(300):
+        slots.step()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_program_in_the_interpreter():
+    program = "import test_captured_gpu as t; t.in_the_interpreter()"
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+def in_the_interpreter():
+    """In fp32, since the interpreter multiplies bf16 as bits; steps are not recorded but called with what a record
+    would hold."""
+    from glade.infer.captured.lower import lower
+
+    torch.set_num_threads(1)
+    steps._lower = lower
+    small = {"dim": 24, "num_heads": 2, "head_dim": 8, "num_layers": 1}
+    assert_steps_agree(make(**small), 1, tokens=3)
+    assert_steps_agree(make("gdn", **small), 5, tokens=2)
+    assert_steps_agree(quantize(make("gla", **small)), 2, tokens=2)
+    assert_steps_agree(make("swa", qk_norm=True, attention_gate=True, window=2, **small), 2)
+    model = make(**small)
+    few = [replace(params, max_new_tokens=4) for params in MIXED[:4]]
+    recorded, records = answers(model, True, requests=few, max_batch=2)
+    assert records > 0 and recorded == answers(model, False, requests=few, max_batch=2)[0]
