@@ -1,5 +1,7 @@
 """A training step on a GPU is the step of the CPU: losses and gradients, and nothing kept makes a difference."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -36,7 +38,8 @@ def step(mixer, device, dtype, precision, recompute="none"):
     config = ModelConfig(num_layers=2, dim=128, num_heads=2, vocab_size=101, tie_embeddings=False, **layers)
     model = LanguageModel(config).to(device, dtype).train()
     ids = torch.randint(0, 101, (3, 150), generator=torch.Generator().manual_seed(1)).to(device)
-    settings = TrainSettings(precision=precision, recompute=recompute)
+    changes: dict[str, Any] = {"precision": precision, "recompute": recompute}
+    settings = TrainSettings(**changes)
     optimizer = build_optimizer(model, settings, lr=1e-3)
     context = precision_context(precision, torch.device(device))
     trainer = Trainer(model, Objective(model, ids), optimizer, settings, context, 1e-3)
