@@ -14,8 +14,8 @@ Each step is one command of the program, printed before it runs:
                     held-out perplexity
 
 The text is separated by <|endoftext|>. Perplexity is read on stories that no step saw: pairs may be made of the usual
-validation file, so that is never used. A step whose result is there already is left out, so that an interrupted story
-goes on when its command is repeated. No row of the pairs and no sample that begins with one is packed into --tar.
+validation file, so that is never used. An interrupted story goes on when its command is
+repeated. No row of the pairs and no sample that begins with one is packed into --tar.
 """
 
 import argparse
@@ -115,30 +115,35 @@ class Story:
 
     def __init__(self, size: Size, folder: Path) -> None:
         self.size, self.folder = size, folder
-        self.seconds: dict[str, float] = {}
+        self.done = folder / "steps.json"
+        self.seconds: dict[str, float] = json.loads(self.done.read_text()) if self.done.is_file() else {}
 
-    def step(self, done: Path, *words: str) -> None:
-        """One command, left out where what it leaves is there."""
+    def step(self, out: Path, *words: str) -> None:
+        """One command, which leaves `out`: not repeated, and where it is a run that was interrupted, resumed."""
         print(f"\n$ glade {' '.join(words)}", flush=True)
-        if done.exists():
-            print(f"{done} is there", flush=True)
+        if out.name in self.seconds:
+            print("done before", flush=True)
             return
+        if (out / "checkpoints" / "last").is_dir():
+            words = words[0], f"--run={out}", "--resume"
+            print(f"$ glade {' '.join(words)}", flush=True)
         began = time.monotonic()
         subprocess.run([sys.executable, "-m", "glade", *words], check=True)
-        self.seconds[done.parent.name] = round(time.monotonic() - began, 1)
+        self.seconds[out.name] = round(time.monotonic() - began, 1)
+        self.done.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
 
     def train(self, stories: Path, heldout: Path) -> Path:
         run = self.folder / "base"
         data = [f"--data.corpus={stories}", f"--data.heldout_corpus={heldout}"]
         often = ["--train.eval_every=200", "--train.sample_tokens=0"]
         words = [*data, f"--data.tokenizer=bpe:{self.size.vocab}", f"--run={run}", *often, *self.size.train]
-        self.step(run / "results.json", "train", "--model.mixer=gla", *words)
+        self.step(run, "train", "--model.mixer=gla", *words)
         return run
 
     def align(self, base: Path, pairs: Path, name: str, *options: str) -> Path:
         run = self.folder / name
         words = [str(base), str(pairs), *options, f"--run={run}", "--train.sample_tokens=0", *self.size.dpo]
-        self.step(run / "results.json", "dpo", *words)
+        self.step(run, "dpo", *words)
         return run
 
     def prefer(self, base: Path, stories: Path) -> Path:
@@ -152,7 +157,7 @@ class Story:
         for way, options in ways.items():
             out = self.folder / f"{aligned.name}-{way}"
             words = [str(base), str(aligned), f"--prompts={prompts}", "--max_new_tokens=128", *options]
-            self.step(out / "report.json", "compare", *words, f"--out={out}")
+            self.step(out, "compare", *words, f"--out={out}")
 
 
 def split(text: Path, folder: Path) -> tuple[Path, Path]:
