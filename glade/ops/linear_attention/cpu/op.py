@@ -82,6 +82,13 @@ def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def _room(x: Tensor) -> Tensor:
+    """For the gradient of v or of a gate. One number a head lies by heads, so that no two threads write to one line."""
+    if x.dim() == 3:
+        return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _head(q: Tensor, v: Tensor, borders: Tensor | None, scale: float) -> tuple[float, ...]:
     B, T, H, K = q.shape
     num_sequences = B if borders is None else len(borders) - 1
@@ -136,12 +143,12 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     HV, group = v.shape[2], v.shape[2] // q.shape[2]
     # heads of q and k that several value heads read: one gradient for each of these in fp32, summed afterwards
     dq, dk = (
-        torch.empty_like(x, memory_format=torch.contiguous_format)
+        _room(x)
         if group == 1
         else x.new_empty(*x.shape[:2], HV, x.shape[3], dtype=torch.float32)
         for x in (q, k)
     )
-    others = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, *gates)]
+    others = [None if x is None else _room(x) for x in (v, *gates)]
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     states, updates = (*kept, None)[:2]
     record = _CALL.pack(
@@ -157,7 +164,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     if group > 1:
         dq, dk = (x.unflatten(2, (-1, group)).sum(3) for x in (dq, dk))
     gradients = [x for x in (dq, dk, *others) if x is not None]
-    gradients = [_as(dtype, x) for x, dtype in zip(gradients, dtypes, strict=True)]
+    gradients = [_as(dtype, x).contiguous() for x, dtype in zip(gradients, dtypes, strict=True)]
     return gradients if d_state is None else [*gradients, d_state]
 
 
