@@ -143,10 +143,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     HV, group = v.shape[2], v.shape[2] // q.shape[2]
     # heads of q and k that several value heads read: one gradient for each of these in fp32, summed afterwards
     dq, dk = (
-        _room(x)
-        if group == 1
-        else x.new_empty(*x.shape[:2], HV, x.shape[3], dtype=torch.float32)
-        for x in (q, k)
+        _room(x) if group == 1 else x.new_empty(*x.shape[:2], HV, x.shape[3], dtype=torch.float32) for x in (q, k)
     )
     others = [None if x is None else _room(x) for x in (v, *gates)]
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
