@@ -2,11 +2,18 @@
 
     GOMP_SPINCOUNT=1000 python bench/decode.py --threads 1
     python bench/decode.py --mixers gdn2 softmax --batches 1 8 64 --layers 12 --dim 512 --dtype bfloat16
-    python bench/decode.py --flat 100000                # memory while so many tokens are generated
+    python bench/decode.py --device cuda --mixers gdn gdn2 gla --parts step engine prefill seen flat --dtype bfloat16 \\
+        --layers 24 --dim 1024 --batches 1 8 64 --out bench/results/decode_h200.csv
 
-Random weights, no checkpoint; logits with a standard deviation of 4. `step_ms` is one step of the engine, everything
-included: the forward, the sampling of each row by its own rules, the copy to the host, the listeners. What is timed is
-steps in which all rows decode and nobody's prompt is read. Percentiles are over steps.
+Random weights, no checkpoint; logits with a standard deviation of 4. Percentiles are over steps.
+
+    engine   one step of the engine, everything included: the forward, the sampling of each row by its own rules, the
+             copy to the host, the listeners. Steps in which all rows decode and nobody's prompt is read
+    step     the decode step alone, greedy, a token on the device into the next: on a GPU replays of its graph
+    profile  the same on a GPU, kernel by kernel (printed, no row)
+    prefill  a text of `--long` tokens: read as the engine reads it, in pieces, beside one training forward
+    seen     the engine's time to the first token of a prompt of 30,000 ids that it has read before, and of a fresh one
+    flat     memory while `--tokens` tokens are generated, by requests of 200 each
 """
 
 import argparse
@@ -16,21 +23,28 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from glade.infer.captured.graphs import Graphs
 from glade.infer.config import SamplingParams
 from glade.infer.engine import Delta, Engine, Request
+from glade.infer.prefill import read
+from glade.infer.rows import growing_layers
 from glade.infer.step import decode_step
 from glade.model.config import ModelConfig
 from glade.model.lm import LanguageModel
+from glade.model.quantized import quantize
+from glade.model.state import State
 
 RESULTS = Path(__file__).parent / "results" / "decode.csv"
 COLUMNS = ["what", "model", "parameters", "dtype", "device", "threads", "versions", "path", "sampling", "batch"]
-COLUMNS += ["prompt_tokens", "steps", "step_ms", "p10_ms", "p90_ms", "tokens_per_s", "state_bytes", "command"]
+COLUMNS += ["prompt_tokens", "steps", "step_ms", "p10_ms", "p90_ms", "tokens_per_s", "state_bytes", "peak_bytes"]
+COLUMNS += ["command"]
 SAMPLING = {
     "greedy": SamplingParams(temperature=0, max_new_tokens=2**31),
     "plain": SamplingParams(temperature=1.0, seed=1, max_new_tokens=2**31),
@@ -43,16 +57,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for mixer in args.mixers:
         model = build(args, mixer)
-        if args.flat:
-            flat(model, args.batches[-1], args.flat)
-            continue
-        for sampling in args.sampling:
-            for batch in args.batches:
-                report(args, model, mixer, sampling, batch, time_steps(args, model, sampling, batch))
+        for part in args.parts:
+            PARTS[part](args, model, mixer)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["engine"])
     parser.add_argument("--mixers", nargs="+", default=["gdn2"], help="or a pattern such as 'gdn gdn gdn swa'")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--layers", type=int, default=12)
@@ -62,24 +73,41 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=24, help="timed steps; four more go before")
     parser.add_argument("--sampling", nargs="+", choices=SAMPLING, default=list(SAMPLING))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--flat", type=int, default=0, metavar="TOKENS", help="generate so many, print memory")
+    parser.add_argument("--long", type=int, default=32_768, help="tokens of the text that `prefill` reads")
+    parser.add_argument("--piece", type=int, default=2048, help="tokens of a prompt that the engine reads in a step")
+    parser.add_argument("--tokens", type=int, default=100_000, help="that `flat` generates, at the largest batch")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="rows are added to this file")
     parser.add_argument("--no-csv", action="store_true", help="print only")
     return parser.parse_args()
 
 
 def build(args: argparse.Namespace, mixer: str) -> LanguageModel:
     torch.manual_seed(0)
+    # heads of 128 channels where the width allows it; GLA's values twice as wide as its keys, as published
+    wide = {"num_heads": args.dim // 256, "head_dim": 128, "head_dim_v": 256} if mixer == "gla" else {}
+    heads = {"num_heads": args.dim // 128, **wide} if args.dim % 256 == 0 and args.dim >= 1024 else {}
     window = args.window if "swa" in mixer else None
-    config = ModelConfig(layers=mixer, num_layers=args.layers, dim=args.dim, vocab_size=args.vocab, window=window)
-    model = LanguageModel(config).eval()
+    config = ModelConfig(
+        layers=mixer, num_layers=args.layers, dim=args.dim, vocab_size=args.vocab, window=window, **heads
+    )
+    with torch.device(args.device):
+        model = LanguageModel(config).eval()
     with torch.no_grad():
         # as wide as a trained model's logits: a nucleus of flat ones would be the whole vocabulary
-        logits, _ = model(torch.arange(64)[None] % args.vocab)
-        cast(Tensor, model.final_norm.weight).mul_(4 / logits.std())
-    return model.to(args.device, getattr(torch, args.dtype))
+        cast(Tensor, model.final_norm.weight).fill_(4 / (float(model.embed.weight.std()) * args.dim**0.5))
+    if args.dtype == "int8":
+        return quantize(model.to(torch.bfloat16) if args.device.startswith("cuda") else model)
+    return model.to(getattr(torch, args.dtype))
+
+
+def engine_steps(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
+    for sampling in args.sampling:
+        for batch in args.batches:
+            times, state_bytes = time_steps(args, model, sampling, batch)
+            report(args, model, mixer, "engine", times, batch, state_bytes, sampling=sampling, prompt=args.prompt)
 
 
 def fill(engine: Engine, batch: int, prompt_tokens: int, params: SamplingParams) -> None:
@@ -111,57 +139,161 @@ def time_steps(args: argparse.Namespace, model: LanguageModel, sampling: str, ba
     return times, state_bytes
 
 
+def step_alone(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
+    for batch in args.batches:
+        run, state = stepper(model, batch)
+        # ten in a row, so that the host's launches lie beside the device's work
+        times = [1e2 * seconds(args.device, lambda run=run: [run() for _ in range(10)]) for _ in range(2 + args.steps)]
+        times = times[2:]
+        report(args, model, mixer, "step", times, batch, state.nbytes, sampling="greedy")
+
+
+def stepper(model: LanguageModel, batch: int) -> tuple[Callable[[], object], State]:
+    """Something that reads a token a row and puts the most likely next ones in its place."""
+    step, state = decode_step(model), model.init_state(batch)
+    device = model.embed.weight.device
+    ids = torch.arange(batch, device=device)
+    program = step.captured
+    if program is None:
+        return lambda: ids.copy_(step(ids, state).argmax(-1)), state
+    slots = torch.arange(batch, device=device)
+    graphs, tensors = Graphs(device), [slots, torch.ones_like(slots)]
+    program.bind(state)
+
+    def advance(tensors: Sequence[Tensor]) -> Tensor:
+        return ids.copy_(program.enqueue(ids, state, tensors[0], tensors[1]).argmax(-1))
+
+    return lambda: graphs.run("step", tensors, advance), state
+
+
+def seconds(device: str, work: Callable[[], object]) -> float:
+    """Of one call, the device's work included."""
+    start = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def profile(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
+    for batch in args.batches:
+        run, _ = stepper(model, batch)
+        for _ in range(4):
+            run()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            for _ in range(10):
+                run()
+            torch.cuda.synchronize()
+        rows = sorted(trace.key_averages(), key=lambda row: -row.device_time_total)
+        for row in rows[:14]:
+            each, count = row.device_time_total / row.count, row.count / 10
+            print(
+                f"{mixer} batch {batch} {each * count:8.1f} us a step = {count:5.1f} x {each:6.2f} us  {row.key[:60]}"
+            )
+
+
+def prefill(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
+    """Its pieces are as large as the engine's; the forward keeps what a backward would need."""
+    ids = torch.randint(args.vocab, (1, args.long), device=args.device)
+    tokens, growing = ids[0].tolist(), growing_layers(model)
+
+    def pieces() -> None:
+        state = None
+        for start in range(0, args.long, args.piece):
+            (state,) = read(model, [tokens[start : start + args.piece]], [state], growing)
+
+    for what, work in (
+        (f"prefill, pieces of {args.piece}", pieces),
+        ("training forward", lambda: model(ids, targets=ids)),
+    ):
+        times = [1e3 * seconds(args.device, work) for _ in range(6)][2:]
+        report(args, model, mixer, what, times, 1, model.state_bytes(args.long), prompt=args.long, tokens=args.long)
+
+
+def seen(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
+    engine = Engine(model, max_batch=8, prefill_tokens=args.piece, cache_bytes=2**31)
+    prompt = tuple(torch.randint(args.vocab, (30_000,)).tolist())
+
+    def first_token(prompt: tuple[int, ...]) -> None:
+        came: list[Delta] = []
+        engine.submit(Request(prompt=prompt, params=SamplingParams(max_new_tokens=1, temperature=0)), came.append)
+        while not came:
+            engine.step()
+
+    # the first answers compile and record
+    for i in range(3):
+        first_token((i, *prompt[:5000]))
+    fresh = [1e3 * seconds(args.device, lambda: first_token(prompt))]
+    again = [1e3 * seconds(args.device, lambda: first_token(prompt)) for _ in range(10)]
+    report(args, model, mixer, "first token, prompt never seen", fresh, 1, model.state_bytes(30_000), prompt=30_000)
+    report(args, model, mixer, "first token, prompt seen", again, 1, model.state_bytes(30_000), prompt=30_000)
+    engine.close()
+
+
 def report(
     args: argparse.Namespace,
     model: LanguageModel,
     mixer: str,
-    sampling: str,
+    what: str,
+    times: list[float],
     batch: int,
-    measured: tuple[list[float], int],
+    state_bytes: int,
+    *,
+    sampling: str = "",
+    prompt: int = 0,
+    tokens: int | None = None,
 ) -> None:
-    times, state_bytes = measured
-    median = statistics.median(times)
-    deciles = statistics.quantiles(times, n=10)
+    """One row: `times` in ms, each of which made `tokens` tokens (a batch)."""
+    median, tokens = statistics.median(times), tokens or batch
+    deciles = statistics.quantiles(times, n=10) if len(times) > 1 else times
+    cuda = args.device.startswith("cuda")
+    step = decode_step(model)
     row = {
-        "what": "engine",
+        "what": what,
         "model": f"{mixer} {args.layers} x {args.dim}, vocabulary {args.vocab}",
         "parameters": model.num_parameters(),
         "dtype": args.dtype,
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else processor(),
+        "device": torch.cuda.get_device_name() if cuda else processor(),
         "threads": args.threads,
         "versions": f"torch {torch.__version__}, python {platform.python_version()}",
-        "path": decode_step(model).path,
+        "path": step.path,
         "sampling": sampling,
         "batch": batch,
-        "prompt_tokens": args.prompt,
+        "prompt_tokens": prompt,
         "steps": len(times),
         "step_ms": f"{median:.3f}",
         "p10_ms": f"{deciles[0]:.3f}",
         "p90_ms": f"{deciles[-1]:.3f}",
-        "tokens_per_s": f"{1e3 * batch / median:.1f}",
+        "tokens_per_s": f"{1e3 * tokens / median:.1f}",
         "state_bytes": state_bytes,
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else "",
         "command": "python bench/decode.py " + " ".join(sys.argv[1:]),
     }
     print(
-        f"{mixer:12} {row['path']:6} {sampling:8} batch {batch:3}: {row['tokens_per_s']:>8} tokens/s, "
-        f"{row['step_ms']} ms a step ({row['p10_ms']} to {row['p90_ms']}), states {state_bytes / 2**20:.1f} MiB",
+        f"{mixer:12} {what} {row['path']} {sampling:8} batch {batch:3}: {row['tokens_per_s']:>9} tokens/s, "
+        f"{row['step_ms']} ms ({row['p10_ms']} to {row['p90_ms']}), states {state_bytes / 2**20:.1f} MiB, peak "
+        f"{row['peak_bytes'] or resident_bytes()} B {step.reason}",
         flush=True,
     )
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     if args.no_csv:
         return
-    RESULTS.parent.mkdir(exist_ok=True)
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
+    args.out.parent.mkdir(exist_ok=True)
+    fresh = not args.out.exists()
+    with args.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow(row)
 
 
-def flat(model: LanguageModel, batch: int, tokens: int) -> None:
-    """Requests of 200 new tokens, one after the other in every slot, until `tokens` are generated."""
+def flat(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
+    """Requests of 200 new tokens, one after the other in every slot, until `--tokens` are generated."""
+    batch, tokens = args.batches[-1], args.tokens
     engine = Engine(model, max_batch=batch, max_waiting=batch, cache_bytes=2**21)
-    served = 0
+    served, start = 0, time.perf_counter()
     marks = [tokens * i // 10 for i in range(1, 11)]
     while marks:
         while engine.stats().waiting < batch:
@@ -173,10 +305,12 @@ def flat(model: LanguageModel, batch: int, tokens: int) -> None:
         stats = engine.stats()
         if stats.generated_tokens >= marks[0]:
             marks.pop(0)
+            device = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
             print(
-                f"{stats.generated_tokens:9} tokens, {served - stats.waiting} requests: resident "
-                f"{resident_bytes() / 2**20:.1f} MiB, states {stats.state_bytes} B, cache {stats.cache_bytes} B "
-                f"in {stats.cached_prefixes} prefixes",
+                f"{mixer} {stats.generated_tokens:9} tokens in {time.perf_counter() - start:.1f} s, "
+                f"{served - stats.waiting} requests: resident {resident_bytes() / 2**20:.1f} MiB, on the device "
+                f"{device / 2**20:.1f} MiB, states {stats.state_bytes} B, cache {stats.cache_bytes} B in "
+                f"{stats.cached_prefixes} prefixes",
                 flush=True,
             )
     engine.close()
@@ -193,6 +327,15 @@ def processor() -> str:
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
+
+PARTS: dict[str, Callable[[argparse.Namespace, LanguageModel, str], None]] = {
+    "engine": engine_steps,
+    "step": step_alone,
+    "profile": profile,
+    "prefill": prefill,
+    "seen": seen,
+    "flat": flat,
+}
 
 if __name__ == "__main__":
     main()

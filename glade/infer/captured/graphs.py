@@ -20,61 +20,69 @@ class Graphs:
     What a function reads besides its tensors must stay where it is (`clear` when it moves). It may not ask the device
     for a value. Its answer is overwritten by the next call. On the CPU nothing is recorded: the function is called.
 
-    most: recordings that are kept, the last used ones
+    most: kinds that are kept, the last used ones
     """
 
     def __init__(self, device: torch.device, most: int = 64) -> None:
         self._device, self._most = device, most
-        self._seen: set[Hashable] = set()
-        self._recorded: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __len__(self) -> int:
-        return len(self._recorded)
+        """Kinds that have been recorded (on the CPU: would have been)."""
+        return sum(kind.recorded for kind in self._kinds.values())
 
     def clear(self) -> None:
         """Forgets all recordings: something moved."""
-        self._recorded.clear()
-        self._seen.clear()
+        self._kinds.clear()
 
     def run(self, kind: Hashable, tensors: Sequence[Tensor], function: Function) -> Tensor:
         """function(tensors). Calls of one `kind` have tensors of the same shapes and dtypes, and do the same.
 
         The same sequence object as last time means that its values are the same, too.
         """
-        if kind not in self._seen:
-            self._seen.add(kind)
-            return function(tensors)
-        recording = self._recorded.get(kind)
-        if recording is None:
-            recording = self._recorded[kind] = _Recording(tensors, function, self._device, self._pool)
-            if len(self._recorded) > self._most:
-                self._recorded.popitem(last=False)
-        self._recorded.move_to_end(kind)
-        return recording.replay(tensors)
+        known = self._kinds.get(kind)
+        if known is None:
+            known = self._kinds[kind] = _Kind(tensors)
+            if len(self._kinds) > self._most:
+                self._kinds.popitem(last=False)
+            return function(known.inputs)
+        self._kinds.move_to_end(kind)
+        known.take(tensors)
+        if not known.recorded:
+            known.record(function, self._device, self._pool)
+        return known.answer(function)
 
 
-class _Recording:
-    def __init__(self, tensors: Sequence[Tensor], function: Function, device: torch.device, pool: Any) -> None:
-        self._inputs = [x.clone() for x in tensors]
+class _Kind:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # the first call reads these too: kernels are compiled for the alignment of their arguments
+        self.inputs = [x.clone() for x in tensors]
         self._latest = tensors
+        self.recorded = False
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._function = function
+        self._answer: Tensor | None = None
+
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        if tensors is not self._latest:
+            for there, here in zip(self.inputs, tensors, strict=True):
+                there.copy_(here, non_blocking=True)
+            self._latest = tensors
+
+    def record(self, function: Function, device: torch.device, pool: Any) -> None:
+        self.recorded = True
         if device.type != "cuda":
             return
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         with _recording, torch.cuda.device(device):
             stream = torch.cuda.Stream()
             # other threads may go on using the device meanwhile
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._answer = function(self._inputs)
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._answer = function(self.inputs)
+        self._graph = graph
 
-    def replay(self, tensors: Sequence[Tensor]) -> Tensor:
-        if tensors is not self._latest:
-            for there, here in zip(self._inputs, tensors, strict=True):
-                there.copy_(here, non_blocking=True)
-            self._latest = tensors
-        if self._graph is None:
-            return self._function(self._inputs)
+    def answer(self, function: Function) -> Tensor:
+        if self._graph is None or self._answer is None:
+            return function(self.inputs)
         self._graph.replay()
         return self._answer

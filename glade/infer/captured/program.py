@@ -152,7 +152,7 @@ def _without_gaps(name: str, x: Tensor) -> Tensor:
 
 
 def _joined_past(layer: LinearState) -> Tensor:
-    """What the three convolutions remember as one tensor [rows, channels, W - 1], of which they are views, or a copy."""
+    """What the three convolutions remember as one tensor [rows, channels, W - 1]; copied if it is not one."""
     parts = [layer.conv_q, layer.conv_k, layer.conv_v]
     channels, taps = sum(x.shape[1] for x in parts), parts[0].shape[2]
     first, at = parts[0], 0
