@@ -35,6 +35,7 @@ class Run(NamedTuple):
     pasts: tuple[Tensor | None, ...]  # of each layer what its convolutions remember, [rows, channels, W - 1]
     workspace: Tensor  # [B, places]
     logits: Tensor  # [B, vocab] fp32
+    overlap: dict[str, bool]  # how kernels are launched: `overlapping`
 
     def at(self, place: int) -> Tensor:
         return self.workspace[0, place:]
@@ -42,6 +43,13 @@ class Run(NamedTuple):
     @property
     def stride(self) -> int:
         return self.workspace.stride(0)
+
+
+def overlapping(device: torch.device) -> dict[str, bool]:
+    """Launch settings of every kernel: whether it may begin while the one before it ends."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
 
 
 class Norm(NamedTuple):
@@ -65,6 +73,7 @@ class Embed(NamedTuple):
             run.ids, run.slots, run.state.position, self.table.values, self.table.scales, self.positions,
             run.at(self.output), run.stride, D,
             BD=triton.next_power_of_2(D), INT8=self.table.scales is not None, LEARNED=self.positions is not None,
+            **run.overlap,
         )  # fmt: skip
 
 
@@ -81,6 +90,7 @@ class Normalize(NamedTuple):
         rows.norm_kernel[(len(run.ids),)](
             run.at(self.source), run.stride, norm.weight, norm.bias, norm.eps, run.at(self.output), run.stride,
             self.width, BD=triton.next_power_of_2(self.width), NORM=norm.kind, AFFINE=norm.weight is not None,
+            **run.overlap,
         )  # fmt: skip
 
 
@@ -125,7 +135,7 @@ class Product(NamedTuple):
             run.logits.stride(0) if self.output is None else run.stride,
             num_rows, self.width, channels, self.boundary, self.shift,
             K=K, BEFORE=self.before, ACT=self.activation, TARGET=self.target, INT8=self.matrix.scales is not None,
-            BIAS=self.matrix.bias is not None, CONV=taps is not None, W=W, SILU=silu, **settings,
+            BIAS=self.matrix.bias is not None, CONV=taps is not None, W=W, SILU=silu, **settings, **run.overlap,
         )  # fmt: skip
 
     def _tiles(self, num_rows: int, K: int) -> tuple[Any, tuple[int, ...], dict[str, int]]:
@@ -180,7 +190,7 @@ class LinearHeads(NamedTuple):
             self.decay_constant, self.kaczmarz_eps, self.log_theta,
             HV, HV // H, HV // self.decay_heads,
             K=K, V=V, KP=KP, BV=BV, NUM_V=triton.cdiv(V, BV), NORM=self.norm.kind, AFFINE=self.norm.weight is not None,
-            **self.settings, num_warps=8,
+            **self.settings, **run.overlap, num_warps=8,
         )  # fmt: skip
 
 
@@ -215,15 +225,15 @@ class AttentionHeads(NamedTuple):
             run.workspace, run.stride, self.q, self.k, self.v, q, layer.k, layer.v, run.slots, run.state.position,
             run.live, layer.length, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.k_norm.eps,
             self.log_theta, H, HKV, K, V, room,
-            KP=KP, VP=VP, D=self.turned, NORM=self.q_norm.kind != 0,
+            KP=KP, VP=VP, D=self.turned, NORM=self.q_norm.kind != 0, **run.overlap,
         )  # fmt: skip
         attention.attend_kernel[(num_rows * H, splits)](
             q, layer.k, layer.v, run.slots, run.state.position, sums, tops, totals, self.scale,
-            H, H // HKV, K, V, room, KP=KP, VP=VP, BS=32, SPLITS=splits,
+            H, H // HKV, K, V, room, KP=KP, VP=VP, BS=32, SPLITS=splits, **run.overlap,
         )  # fmt: skip
         attention.join_kernel[(num_rows * H,)](
             sums, tops, totals, run.workspace, run.stride, self.gate or 0, run.at(self.output), run.stride, H, V,
-            VP=VP, SPLITS=splits, GATE=self.gate is not None,
+            VP=VP, SPLITS=splits, GATE=self.gate is not None, **run.overlap,
         )  # fmt: skip
 
 
@@ -247,7 +257,7 @@ class Advance(NamedTuple):
     """Every row has read one token more."""
 
     def launch(self, run: Run) -> None:
-        rows.advance_kernel[(len(run.ids),)](run.state.position, run.slots, run.live)
+        rows.advance_kernel[(len(run.ids),)](run.state.position, run.slots, run.live, **run.overlap)
 
 
 Instruction = Embed | Normalize | Product | LinearHeads | AttentionHeads | OwnStep | Advance

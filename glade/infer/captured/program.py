@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glade.infer.captured.instructions import Instruction, Run
+from glade.infer.captured.instructions import Instruction, Run, overlapping
 from glade.infer.captured.weights import Weights
 from glade.model.lm import LanguageModel
 from glade.model.mixers.attention import MIN_CAPACITY
@@ -42,6 +42,7 @@ class Program:
         self._weights, self._convolved = weights, convolved
         self._children = [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
         self._dtype, self._device = weights.dtype, model.embed.weight.device
+        self._overlap = overlapping(self._device)
         self._like = model.init_state(0)
         self._binding: Binding | None = None
 
@@ -102,7 +103,7 @@ class Program:
         logits = torch.empty(B, vocab, dtype=torch.float32, device=self._device)
         if not B:
             return logits
-        run = Run(ids, slots, live, state, bound.pasts, workspace, logits)
+        run = Run(ids, slots, live, state, bound.pasts, workspace, logits, self._overlap)
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             for instruction in self._instructions:
                 instruction.launch(run)

@@ -11,15 +11,17 @@ import triton
 import triton.language as tl
 
 from glade.infer.captured.kernels.heads import turned
+from glade.infer.captured.kernels.overlap import wait
 
 
 @triton.jit
 def enter_kernel(
     z, z_stride, q, k, v, turned_q, keys, values, slots, positions, live, length, q_norm, k_norm, q_eps, k_eps,
     log_theta, H, HKV, K, V, room,
-    KP: tl.constexpr, VP: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program a head of q and of k: q goes to `turned_q` [rows, H, K] fp32."""
+    wait(OVERLAP)
     row, head = (tl.program_id(0) // (H + HKV)).to(tl.int64), tl.program_id(0) % (H + HKV)
     slot = tl.load(slots + row)
     position = tl.load(positions + slot)
@@ -64,9 +66,10 @@ def norm_weight(q_norm, k_norm, is_query, dims, inside):
 @triton.jit
 def attend_kernel(
     turned_q, keys, values, slots, positions, sums, tops, totals, scale, H, GROUP, K, V, room,
-    KP: tl.constexpr, VP: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, BS: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program a query head and part of the cache: sums [.., V] of exp(score - top) v, tops, and totals of the exp."""
+    wait(OVERLAP)
     row_head, split = tl.program_id(0), tl.program_id(1)
     row, head = (row_head // H).to(tl.int64), row_head % H
     slot = tl.load(slots + row)
@@ -106,8 +109,9 @@ def attend_kernel(
 @triton.jit
 def join_kernel(
     sums, tops, totals, z, z_stride, gate, out, out_stride, H, V,
-    VP: tl.constexpr, SPLITS: tl.constexpr, GATE: tl.constexpr,
+    VP: tl.constexpr, SPLITS: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait(OVERLAP)
     row_head = tl.program_id(0).to(tl.int64)
     row, head = row_head // H, row_head % H
     parts, columns = row_head * SPLITS + tl.arange(0, SPLITS), tl.arange(0, VP)

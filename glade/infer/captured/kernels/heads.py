@@ -11,6 +11,8 @@ A program has one value head of one row, with all of its state: what norms and g
 import triton
 import triton.language as tl
 
+from glade.infer.captured.kernels.overlap import wait
+
 FEATURE_ELU1, FEATURE_RELU = tl.constexpr(1), tl.constexpr(2)
 # where g comes from
 NO_DECAY, TABLE, LOGSIGMOID, TEMPERED, SOFTPLUS, BOUNDED = (tl.constexpr(i) for i in range(6))
@@ -136,17 +138,23 @@ def heads_kernel(
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, NUM_V: tl.constexpr, SILU: tl.constexpr,
     FEATURES: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DECAY: tl.constexpr, DECAY_CHANNELS: tl.constexpr,
     GATES: tl.constexpr, EPS_MODE: tl.constexpr, CLIP: tl.constexpr, DOUBLED: tl.constexpr,
-    NORM: tl.constexpr, AFFINE: tl.constexpr, OUTPUT_GATE: tl.constexpr,
+    NORM: tl.constexpr, AFFINE: tl.constexpr, OUTPUT_GATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """q, k, v, decay, erase, write, output_gate: where each begins in a row of z."""
     row, head = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
     slot = tl.load(slots + row)
+    dims = tl.arange(0, KP)
+    inside_k = dims < K
+    state += (slot * HV + head) * K * V
+    columns = tl.arange(0, BV)
+    first = tl.load(
+        state + dims[:, None] * V + columns[None, :], mask=inside_k[:, None] & (columns < V)[None, :], other=0.0
+    )
+    wait(OVERLAP)
     position = tl.load(positions + slot)
     if head == 0:
         tl.store(length + slot, (position + 1) * tl.load(live + row))
     z += row * z_stride
-    dims = tl.arange(0, KP)
-    inside_k = dims < K
     key_head = head // GROUP
     q_row = scale * read_head(z + q + key_head * K, dims, K, position, log_theta, SILU, FEATURES, UNIT, D)
     k_row = read_head(z + k + key_head * K, dims, K, position, log_theta, SILU, FEATURES, UNIT, D)
@@ -187,7 +195,6 @@ def heads_kernel(
     else:
         e_row *= step
 
-    state += (slot * HV + head) * K * V
     total = 0.0
     squares = 0.0
     mean = 0.0
@@ -199,7 +206,10 @@ def heads_kernel(
         inside = columns < V
         tile = state + dims[:, None] * V + columns[None, :]
         within = inside_k[:, None] & inside[None, :]
-        S = tl.load(tile, mask=within, other=0.0) * keep[:, None]
+        S = first
+        if block > 0:
+            S = tl.load(tile, mask=within, other=0.0)
+        S *= keep[:, None]
         value = tl.load(z + v + head * V + columns, mask=inside, other=0.0).to(tl.float32)
         value = featured(value, SILU, 0)
         if GATES < VECTORS:

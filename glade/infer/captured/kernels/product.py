@@ -15,6 +15,8 @@ W is [N, K] in x's dtype, or int8 with a scale a row. All else is fp32.
 import triton
 import triton.language as tl
 
+from glade.infer.captured.kernels.overlap import wait
+
 # what is done to x
 AS_IT_IS, SILU_OF, RMS, RMS_EPS_OUTSIDE = (tl.constexpr(i) for i in range(4))
 # what is done to the answer
@@ -118,7 +120,7 @@ def vector_kernel(
     num_rows, N, channels, boundary, shift,
     K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
     TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr,
-    SILU: tl.constexpr,
+    SILU: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """M rows (a power of two) and BN columns a program, K whole."""
     first = tl.program_id(0) * BN
@@ -131,14 +133,17 @@ def vector_kernel(
     w_at = w + columns[:, None].to(tl.int64) * K + k[None, :]
     for k0 in tl.static_range(0, K, BK):
         inside = (columns < N)[:, None] & (k0 + k < K)[None, :]
-        tile = tl.load(w_at + k0, mask=inside, other=0).to(tl.float32)
+        tile = tl.load(w_at + k0, mask=inside, other=0)
+        up = tile
+        if ACT == SWIGLU:
+            up = tl.load(w_at + k0 + N.to(tl.int64) * K, mask=inside, other=0)
+        if k0 == 0:
+            wait(OVERLAP)
         x_at = x + rows[:, None] * x_stride + k0 + k[None, :]
         x_tile, squares = read_input(x_at, norm_weight, k0 + k, row_live, squares, K, BEFORE)
         if ACT == SWIGLU:
-            gates += x_tile[:, None, :] * tile[None, :, :]
-            up_at = w_at + k0 + N.to(tl.int64) * K
-            tile = tl.load(up_at, mask=inside, other=0).to(tl.float32)
-        sums += x_tile[:, None, :] * tile[None, :, :]
+            gates += x_tile[:, None, :] * tile.to(tl.float32)[None, :, :]
+        sums += x_tile[:, None, :] * up.to(tl.float32)[None, :, :]
     y = tl.sum(sums, 2)
     gate = y
     if ACT == SWIGLU:
@@ -153,7 +158,7 @@ def tile_kernel(
     num_rows, N, channels, boundary, shift,
     K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
     TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr,
-    SILU: tl.constexpr, STAGES: tl.constexpr,
+    SILU: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """M rows (at least 16) and BN columns a program, K whole."""
     first = tl.program_id(0) * BN
@@ -165,6 +170,7 @@ def tile_kernel(
     gates = sums
     w_at = w + columns[:, None].to(tl.int64) * K + k[None, :]
     x_at = x + rows[:, None] * x_stride + k[None, :]
+    wait(OVERLAP)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
         inside = (columns < N)[:, None] & (k0 + k < K)[None, :]
         tile = tl.load(w_at + k0, mask=inside, other=0).to(x.dtype.element_ty)

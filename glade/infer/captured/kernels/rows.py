@@ -7,14 +7,16 @@ import triton
 import triton.language as tl
 
 from glade.infer.captured.kernels.heads import LAYER, norm_factors
+from glade.infer.captured.kernels.overlap import wait
 
 
 @triton.jit
 def embed_kernel(
     ids, slots, positions, table, scales, position_table, out, out_stride, D,
-    BD: tl.constexpr, INT8: tl.constexpr, LEARNED: tl.constexpr,
+    BD: tl.constexpr, INT8: tl.constexpr, LEARNED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program a row: the vector of its token, and of its position if those are learned."""
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BD)
     inside = columns < D
@@ -30,9 +32,21 @@ def embed_kernel(
 
 @triton.jit
 def norm_kernel(
-    x, x_stride, weight, bias, eps, out, out_stride, D, BD: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr
+    x,
+    x_stride,
+    weight,
+    bias,
+    eps,
+    out,
+    out_stride,
+    D,
+    BD: tl.constexpr,
+    NORM: tl.constexpr,
+    AFFINE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A program a row: the norm of x, which `out` may be."""
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BD)
     inside = columns < D
@@ -53,8 +67,9 @@ def norm_kernel(
 
 
 @triton.jit
-def advance_kernel(positions, slots, live):
+def advance_kernel(positions, slots, live, OVERLAP: tl.constexpr):
     """A program a row: one token more, or 0 where nobody sits."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     at = positions + tl.load(slots + row)
     tl.store(at, (tl.load(at) + 1) * tl.load(live + row))
