@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glade.errors import BackendError
-from glade.ops import add_rms_norm, log_decay, rms_norm, swiglu
+from glade.ops import add_rms_norm, log_decay, native, rms_norm, swiglu
 from glade.ops.tolerances import TOLERANCES, relative_error
 
 WIDTHS = [1, 7, 16, 33, 128]
@@ -43,6 +43,10 @@ CASES = {
         lambda x, w, backend: rms_norm(x, w, eps=1e-5, backend=backend),
         lambda n: [torch.randn(2, 70, n), torch.randn(n)],
     ),
+    "sum": Case(
+        lambda x, y, w, backend: torch.cat(add_rms_norm(x, y, w, eps=1e-5, backend=backend), -1),
+        lambda n: [torch.randn(2, 70, n), torch.randn(2, 70, n), torch.randn(n)],
+    ),
     "silu gate": Case(gated("silu"), heads),
     "sigmoid gate": Case(gated("sigmoid"), heads),
 }
@@ -65,6 +69,31 @@ def test_values_and_gradients_match_the_fp64_reference(name, backend, n, dtype) 
     exact = value_and_gradients(case, [x.double() for x in leaves], "reference")
     for found, right in zip(value_and_gradients(case, leaves, backend), exact, strict=True):
         assert relative_error(found, right) <= TOLERANCES[dtype].gradient
+
+
+@pytest.mark.parametrize("isa", [] if native.LIBRARY is None else native.LIBRARY.isas)
+@pytest.mark.parametrize("name", CASES)
+def test_every_build_matches_the_fp64_reference(name, isa, monkeypatch) -> None:
+    monkeypatch.setattr(native, "LIBRARY", native.Library(isa=isa))
+    for dtype in (torch.float32, torch.bfloat16):
+        test_values_and_gradients_match_the_fp64_reference(name, "cpu", 37, dtype)
+
+
+@pytest.mark.parametrize("through_sum", [False, True])
+def test_a_sum_of_two_dtypes_hands_each_its_gradient(through_sum) -> None:
+    x, y, w = torch.randn(3, 40), torch.randn(3, 40).bfloat16(), torch.randn(40)
+
+    def gradients(x: Tensor, y: Tensor, w: Tensor, backend: str) -> tuple[Tensor, ...]:
+        leaves = [leaf.requires_grad_() for leaf in (x, y, w)]
+        normed, total = add_rms_norm(*leaves, eps=1e-5, backend=backend)
+        value = normed.square().sum() + total.pow(3).sum() * through_sum
+        return torch.autograd.grad(value, leaves)
+
+    exact = gradients(x.double(), y.double(), w.double(), "reference")
+    found = gradients(x, y, w, "cpu")
+    assert [g.dtype for g in found] == [torch.float32, torch.bfloat16, torch.float32]
+    for gradient, right in zip(found, exact, strict=True):
+        assert relative_error(gradient, right) <= TOLERANCES[gradient.dtype].gradient
 
 
 @pytest.mark.parametrize(("name", "backend"), FAST)
@@ -139,6 +168,7 @@ def test_custom_op_contracts() -> None:
     torch.library.opcheck(ops.log_decay_cpu.default, (x, w, None, "logsigmoid"))
     torch.library.opcheck(ops.rms_norm_cpu.default, (x, w, None, "silu", 1e-5, torch.float32))
     torch.library.opcheck(ops.rms_norm_cpu.default, (x, w, x, "sigmoid", 1e-5, torch.bfloat16))
+    torch.library.opcheck(ops.add_rms_norm_cpu.default, (x, x, w, 1e-5, torch.bfloat16))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from glade.ops.register import differentiable
+
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -65,16 +67,16 @@ def register(
         dbias = weight.new_empty(weight.shape[0]) if bias is None else torch.empty_like(bias)
         return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         x, weight, targets, bias, ctx.matmul_dtype = inputs
         ctx.save_for_backward(output[1], x, weight, targets, bias)
 
-    def backward_of(ctx, dlosses, dnormalisers):
+    def gradients(backward, ctx, dlosses, dnormalisers):
         normalisers, x, weight, targets, bias = ctx.saved_tensors
-        dx, dweight, dbias = d_op(dlosses, normalisers, x, weight, targets, bias, ctx.matmul_dtype)
+        dx, dweight, dbias = backward(dlosses, normalisers, x, weight, targets, bias, ctx.matmul_dtype)
         return dx, dweight, None, None if bias is None else dbias, None
 
-    op.register_autograd(backward_of, setup_context=setup_context)
+    call = differentiable(op, d_op, forward, backward, save, gradients)
 
     def run(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         matmul_dtype = torch.promote_types(x.dtype, weight.dtype)
@@ -82,6 +84,6 @@ def register(
         # as everywhere in torch, autocast leaves fp64 alone
         if torch.is_autocast_enabled(device) and matmul_dtype != torch.float64:
             matmul_dtype = torch.get_autocast_dtype(device)
-        return op(x, weight, targets, bias, matmul_dtype)[0]
+        return call(x, weight, targets, bias, matmul_dtype)[0]
 
     return run

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from glade.ops.register import differentiable
+
 Run = Callable[..., Tensor]
 
 
@@ -35,14 +37,13 @@ def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., 
         dbias = (rate if bias is None else bias).new_empty(rate.shape)
         return z.new_empty(z.shape), rate.new_empty(rate.shape), dbias
 
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         z, rate, bias, ctx.form = inputs
         ctx.save_for_backward(z, rate, bias)
 
-    def backward_of(ctx, dg):
+    def gradients(backward, ctx, dg):
         z, rate, bias = ctx.saved_tensors
-        dz, drate, dbias = d_op(dg, z, rate, bias, ctx.form)
+        dz, drate, dbias = backward(dg, z, rate, bias, ctx.form)
         return dz, drate, None if bias is None else dbias, None
 
-    op.register_autograd(backward_of, setup_context=setup_context)
-    return op
+    return differentiable(op, d_op, forward, backward, save, gradients)

@@ -20,6 +20,8 @@ _FUNCTIONS = (
     "log_decay_backward",
     "cross_entropy",
     "cross_entropy_backward",
+    "add_rms_norm",
+    "add_rms_norm_backward",
 )
 _INDEX = {name: i for i, name in enumerate(_FUNCTIONS)}
 

@@ -79,7 +79,7 @@ def add_rms_norm(
         eps:     as in `rms_norm`, like dtype (of the norm) and backend
 
     Returns:
-        The norm in `dtype`, and the sum in x's: one pass over memory on NVIDIA GPUs, a sum and a norm elsewhere.
+        The norm in `dtype`, and the sum in x's; one pass over memory with backends `cpu` and `triton`.
 
     Raises:
         ValueError: a shape or dtype that does not fit. BackendError: `backend` cannot serve x.
@@ -89,8 +89,8 @@ def add_rms_norm(
         raise ValueError(f"y is {y.dtype} of shape {list(y.shape)}; give floating-point {list(x.shape)}")
     dtype = x.dtype if dtype is None else dtype
     chosen = choose("rms_norm", BACKENDS, backend, x.device, x.dtype, dtype, y.dtype)
-    if chosen == "triton":
-        return triton.add_rms_norm(x, y, weight, eps, dtype)
+    if chosen in ("cpu", "triton"):
+        return (cpu if chosen == "cpu" else triton).add_rms_norm(x, y, weight, eps, dtype)
     total = (x + y).to(x.dtype)
     return BACKENDS[chosen].run(total, weight, None, "silu", eps, dtype), total
 

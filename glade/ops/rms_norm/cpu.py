@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from glade.ops.native.rows import call, rows_of
-from glade.ops.rms_norm.register import register
+from glade.ops.rms_norm.register import register, register_add
 
 _KINDS = {"silu": 1, "sigmoid": 2}
 
@@ -49,3 +49,32 @@ def _backward(
 
 
 rms_norm = register("cpu", _forward, _backward)
+
+
+def _add_forward(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    width = x.shape[-1]
+    normed, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
+    given = (_flat(x, width), weight.float().contiguous()[None], _flat(y, width))
+    answers = (normed.view(-1, width), total.view(-1, width))
+    call("add_rms_norm", *given, *answers, rows=x.numel() // max(width, 1), width=width, eps=eps)
+    return normed, total
+
+
+def _add_backward(
+    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, y_dtype: torch.dtype, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y and weight, that of y empty where it is that of x."""
+    width, same = total.shape[-1], y_dtype == total.dtype
+    dx = total.new_empty(total.shape)
+    dy = total.new_empty(0 if same else total.shape, dtype=y_dtype)
+    sums = weight.new_empty(1, width, dtype=torch.float32)
+    matrices = (
+        *(_flat(total, width), weight.float().contiguous()[None], _flat(dtotal, width), _flat(dnormed, width)),
+        *(dx.view(-1, width), None if same else dy.view(-1, width)),
+    )
+    rows = total.numel() // max(width, 1)
+    call("add_rms_norm_backward", *matrices, rows=rows, width=width, eps=eps, sums=sums)
+    return dx, dy, sums[0].to(weight.dtype)
+
+
+add_rms_norm = register_add("cpu", _add_forward, _add_backward)

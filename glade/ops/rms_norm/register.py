@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from glade.ops.register import differentiable
+
 Run = Callable[..., Tensor]
 RunAdd = Callable[..., tuple[Tensor, Tensor]]
 
@@ -47,17 +49,16 @@ def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., 
         dgate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
         return x.new_empty(x.shape), weight.new_empty(weight.shape), dgate
 
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         x, weight, gate, ctx.gate_activation, ctx.eps, _ = inputs
         ctx.save_for_backward(x, weight, gate)
 
-    def backward_of(ctx, dy):
+    def gradients(backward, ctx, dy):
         x, weight, gate = ctx.saved_tensors
-        dx, dweight, dgate = d_op(dy, x, weight, gate, ctx.gate_activation, ctx.eps)
+        dx, dweight, dgate = backward(dy, x, weight, gate, ctx.gate_activation, ctx.eps)
         return dx, dweight, None if gate is None else dgate, None, None, None
 
-    op.register_autograd(backward_of, setup_context=setup_context)
-    return op
+    return differentiable(op, d_op, forward, backward, save, gradients)
 
 
 def register_add(
@@ -87,18 +88,17 @@ def register_add(
         dy = total.new_empty(0 if y_dtype == total.dtype else total.shape, dtype=y_dtype)
         return total.new_empty(total.shape), dy, weight.new_empty(weight.shape)
 
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         _, y, weight, ctx.eps, _ = inputs
         ctx.y_dtype = y.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1], weight)
 
-    def backward_of(ctx, dnormed, dtotal):
+    def gradients(backward, ctx, dnormed, dtotal):
         total, weight = ctx.saved_tensors
         if dnormed is None:
             dnormed = torch.zeros_like(total)
-        dx, dy, dweight = d_op(dnormed, dtotal, total, weight, ctx.y_dtype, ctx.eps)
+        dx, dy, dweight = backward(dnormed, dtotal, total, weight, ctx.y_dtype, ctx.eps)
         return dx, dx if ctx.y_dtype == total.dtype else dy, dweight, None, None
 
-    op.register_autograd(backward_of, setup_context=setup_context)
-    return op
+    return differentiable(op, d_op, forward, backward, save, gradients)

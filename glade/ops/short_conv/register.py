@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from glade.ops.register import differentiable
 from glade.ops.short_conv.activation import Activation
 
 Run = Callable[..., tuple[Tensor, Tensor]]
@@ -78,19 +79,19 @@ def register(
         dstate = no_gradient(x) if state is None else state.new_empty(state.shape)
         return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
 
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         *tensors, ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
-    def backward_of(ctx, dy, dfinal):
+    def gradients(backward, ctx, dy, dfinal):
         x, weight, bias, state, cu_seqlens = ctx.saved_tensors
         how = (ctx.activation, ctx.l2norm_heads, ctx.l2norm_channels)
         dy = torch.zeros_like(x) if dy is None else dy
-        dx, dweight, dbias, dstate = d_op(dy, dfinal, x, weight, bias, state, cu_seqlens, *how)
+        dx, dweight, dbias, dstate = backward(dy, dfinal, x, weight, bias, state, cu_seqlens, *how)
         return dx, dweight, None if bias is None else dbias, None if state is None else dstate, *(None,) * 4
 
-    op.register_autograd(backward_of, setup_context=setup_context)
+    call = differentiable(op, d_op, forward, backward, save, gradients)
 
     def run(
         x: Tensor,
@@ -102,6 +103,6 @@ def register(
         state: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return op(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels)
+        return call(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels)
 
     return run

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from glade.ops.register import differentiable
+
 Run = Callable[[Tensor], Tensor]
 
 
@@ -28,11 +30,10 @@ def register(name: str, forward: Callable[[Tensor], Tensor], backward: Callable[
     def _(dy, x):
         return x.new_empty(x.shape)
 
-    def setup_context(ctx, inputs, output):
+    def save(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
-    def backward_of(ctx, dy):
-        return d_op(dy, *ctx.saved_tensors)
+    def gradients(backward, ctx, dy):
+        return backward(dy, *ctx.saved_tensors)
 
-    op.register_autograd(backward_of, setup_context=setup_context)
-    return op
+    return differentiable(op, d_op, forward, backward, save, gradients)

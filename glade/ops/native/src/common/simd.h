@@ -48,6 +48,22 @@ INLINE vec load(const float *p) { return *(const vec_at *)p; }
 INLINE void store(float *p, vec x) { *(vec_at *)p = x; }
 INLINE vec splat(float x) { return (vec){EACH_LANE(x)}; }
 INLINE vec select_vec(ivec mask, vec x, vec y) { return (vec)(((ivec)x & mask) | ((ivec)y & ~mask)); }
+
+/* the limit where x is beyond it; nan stays nan */
+#if defined(__AVX512F__) && LANES == 16
+INLINE vec at_most_vec(vec x, vec limit) {
+    __asm__("vminps %0, %1, %0" : "+v"(x) : "v"(limit));
+    return x;
+}
+INLINE vec at_least_vec(vec x, vec limit) {
+    __asm__("vmaxps %0, %1, %0" : "+v"(x) : "v"(limit));
+    return x;
+}
+#else
+INLINE vec at_most_vec(vec x, vec limit) { return select_vec(x > limit, limit, x); }
+INLINE vec at_least_vec(vec x, vec limit) { return select_vec(x < limit, limit, x); }
+#endif
+
 INLINE vec zip_low(vec x, vec y) { return SHUFFLE(x, y, ZIP_LOW); }
 INLINE vec zip_high(vec x, vec y) { return SHUFFLE(x, y, ZIP_HIGH); }
 
@@ -75,14 +91,30 @@ INLINE vec exp_vec(vec x) {
     return select_vec(vanishes, splat(0.0f), y * first * second);
 }
 
-INLINE vec from_bfloat16(hvec x) { return (vec)(__builtin_convertvector(x, uvec) << 16); }
+INLINE vec from_bfloat16(hvec x) {
+#if defined(__AVX512F__) && LANES == 16
+    uvec wide; /* GCC would widen the two halves and join them */
+    __asm__("vpmovzxwd %1, %0" : "=v"(wide) : "vm"(x));
+    return (vec)(wide << 16);
+#else
+    return (vec)(__builtin_convertvector(x, uvec) << 16);
+#endif
+}
 
+/* to nearest, ties to even; nan stays nan */
 INLINE hvec to_bfloat16(vec x) {
+#if defined(__AVX512BF16__) && LANES == 16
+    /* in assembly: the compilers disagree on the types of the builtin. What is below 1e-38 becomes 0 */
+    hvec halves;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+    return halves;
+#else
     uvec bits = (uvec)x;
-    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     ivec is_nan = x != x;
     rounded = (rounded & ~(uvec)is_nan) | ((uvec)is_nan & 0x7fc0);
     return __builtin_convertvector(rounded, hvec);
+#endif
 }
 
 /* LANES vectors x -> lane r of the answer is the sum over the lanes of x[r]; x is used up */

@@ -59,7 +59,8 @@ EXPORT int glade_rows(const RowCall *call, int kernel) {
         if (!job.shares) return NO_MEMORY;
     }
     int status = pool_run(row_task, &job, job.num_tasks,
-                          threads_for((double)call->num_rows * call->width, call->num_threads), whole(call->width));
+                          threads_for((double)call->num_rows * call->width, call->num_threads),
+                          ROWS_OF_MEMORY * whole(call->width));
     if (num_sums) add_up(call->sums, job.shares, job.num_tasks, num_sums);
     free(job.shares);
     return status;

@@ -66,11 +66,19 @@ INLINE void put(char *row, int64_t dtype, long at, long count, vec value) {
     for (long i = 0; i < count; i++) x[i] = part[i];
 }
 
+/* by halves: lane i takes lane i + LANES / 2, and so on, in registers */
 INLINE float sum_lanes(vec x) {
-    float part[LANES];
-    store(part, x);
-    UNROLL for (int half = LANES / 2; half; half /= 2) UNROLL for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+#if LANES == 16
+    x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+#elif LANES == 8
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+#else
+    x += SHUFFLE(x, x, 2, 3, 0, 1);
+#endif
+    return x[0] + x[1];
 }
 
 INLINE float max_lanes(vec x) {
@@ -84,8 +92,7 @@ INLINE float max_lanes(vec x) {
 /* e^x within 2 ulp for x in [-87, 88], and the value at the nearer end beyond them; nan for nan */
 INLINE vec exp_clamped(vec x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    x = select_vec(x > 88.0f, splat(88.0f), x);
-    x = select_vec(x < -87.0f, splat(-87.0f), x);
+    x = at_least_vec(at_most_vec(x, splat(88.0f)), splat(-87.0f));
     vec shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
     vec r = x - n * 0.693359375f; /* ln 2 in two parts, the first exact in a product with n */
     r = r + n * 2.12194440e-4f;
