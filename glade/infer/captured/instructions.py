@@ -17,11 +17,7 @@ from glade.infer.captured.weights import Matrix
 from glade.model.mixer import Mixer
 from glade.model.state import State
 
-# rows up to which a product is bound by its weights alone and needs no tensor cores
-_VECTOR_ROWS = 4
 _MOST_TILE_ROWS = 64
-# numbers of W times rows of x that a program of four warps holds in registers
-_MOST_AT_ONCE = 8192
 _LARGEST_STATE_TILE = 128 * 128
 
 
@@ -140,13 +136,12 @@ class Product(NamedTuple):
 
     def _tiles(self, num_rows: int, K: int) -> tuple[Any, tuple[int, ...], dict[str, int]]:
         """The kernel, its grid and its block sizes."""
-        if num_rows <= _VECTOR_ROWS:
-            M = triton.next_power_of_2(num_rows)
+        if num_rows == 1:
             # a row of W in one go: all of a program's loads are on their way before it waits for any
-            BK = min(triton.next_power_of_2(K), _MOST_AT_ONCE // M)
-            BN = max(min(8 if self.width > 2048 else 4, _MOST_AT_ONCE * 2 // (M * BK)), 1)
-            warps = 8 if M * BN * BK > _MOST_AT_ONCE else 4
-            return product.vector_kernel, (triton.cdiv(self.width, BN),), dict(M=M, BN=BN, BK=BK, num_warps=warps)
+            BK = min(triton.next_power_of_2(K), 4096)
+            BN = 8 if self.width > 2048 and BK <= 1024 else 4
+            warps = 8 if BN * BK > 8192 else 4
+            return product.vector_kernel, (triton.cdiv(self.width, BN),), dict(BN=BN, BK=BK, num_warps=warps)
         M = min(max(triton.next_power_of_2(num_rows), 16), _MOST_TILE_ROWS)
         BN = 16 if self.width <= 2048 else 32 if self.width <= 16384 else 64
         BK = min(max(triton.next_power_of_2(K), 16), 128)

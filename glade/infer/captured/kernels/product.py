@@ -2,8 +2,8 @@
 
     y = act(norm(x) W^T + b)    or    y += act(norm(x) W^T + b)
 
-Two kernels. Few rows are bound by reading W: `vector_kernel` multiplies in fp32, a row of W by every row of x as it
-comes from memory. More rows go through tensor cores: `tile_kernel`. An RMS norm needs no pass of its own: x meets its
+Two kernels. One row is bound by reading W: `vector_kernel` multiplies in fp32 as W comes from memory. Several rows go
+through tensor cores: `tile_kernel`. An RMS norm needs no pass of its own: x meets its
 weight on the way in, and the answer is divided by the root mean square, summed in the same pass.
 
 W is [N, K] in x's dtype, or int8 with a scale a row. All else is fp32.
@@ -40,9 +40,9 @@ def read_input(x, norm_weight, columns, row_live, squares, K: tl.constexpr, BEFO
 @triton.jit
 def normalized(y, squares, eps, K: tl.constexpr, BEFORE: tl.constexpr):
     if BEFORE == RMS:
-        y *= tl.rsqrt(squares / K + eps)[:, None]
+        y *= tl.rsqrt(squares / K + eps)
     if BEFORE == RMS_EPS_OUTSIDE:
-        y *= (1 / (tl.sqrt(squares / K) + eps))[:, None]
+        y *= 1 / (tl.sqrt(squares / K) + eps)
     return y
 
 
@@ -92,19 +92,19 @@ def activated(y, gate, ACT: tl.constexpr):
 
 @triton.jit
 def finish(
-    y, gate, squares, eps, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns, row_live,
+    y, gate, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns, row_live,
     N, channels,
-    K: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr, TARGET: tl.constexpr, INT8: tl.constexpr,
-    BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr,
+    ACT: tl.constexpr, TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr,
+    W: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     inside = columns < N
     live = row_live[:, None] & inside[None, :]
     at = out + rows[:, None] * out_stride + columns[None, :]
     if ACT == SWIGLU:
-        gate = scaled(normalized(gate, squares, eps, K, BEFORE), scales, bias, columns, inside, INT8, BIAS)
-        y = scaled(normalized(y, squares, eps, K, BEFORE), scales, bias, columns + N, inside, INT8, BIAS)
+        gate = scaled(gate, scales, bias, columns, inside, INT8, BIAS)
+        y = scaled(y, scales, bias, columns + N, inside, INT8, BIAS)
     else:
-        y = scaled(normalized(y, squares, eps, K, BEFORE), scales, bias, columns, inside, INT8, BIAS)
+        y = scaled(y, scales, bias, columns, inside, INT8, BIAS)
     if CONV:
         slot = tl.load(slots + rows, mask=row_live, other=0)
         y = convolve(y, taps, past, past_stride, slot, columns, live, channels, W, SILU)
@@ -118,19 +118,19 @@ def finish(
 def vector_kernel(
     x, x_stride, w, scales, bias, norm_weight, eps, taps, past, past_stride, slots, out, out_stride,
     num_rows, N, channels, boundary, shift,
-    K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
     TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr,
     SILU: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """M rows (a power of two) and BN columns a program, K whole."""
+    """One row and BN columns a program, K whole. Each thread reads the numbers of x that meet its numbers of W."""
     first = tl.program_id(0) * BN
-    rows, columns, k = tl.arange(0, M), first + tl.arange(0, BN), tl.arange(0, BK)
-    row_live = rows < num_rows
+    columns, k = first + tl.arange(0, BN), tl.arange(0, BK)
     x += tl.where(first >= boundary, shift, 0)
-    squares = tl.zeros([M], tl.float32)
-    sums = tl.zeros([M, BN, BK], tl.float32)
+    squares = tl.zeros([BK], tl.float32)
+    sums = tl.zeros([BN, BK], tl.float32)
     gates = sums
     w_at = w + columns[:, None].to(tl.int64) * K + k[None, :]
+    again = columns[:, None] * 0 + k[None, :]
     for k0 in tl.static_range(0, K, BK):
         inside = (columns < N)[:, None] & (k0 + k < K)[None, :]
         tile = tl.load(w_at + k0, mask=inside, other=0)
@@ -139,17 +139,27 @@ def vector_kernel(
             up = tl.load(w_at + k0 + N.to(tl.int64) * K, mask=inside, other=0)
         if k0 == 0:
             wait(OVERLAP)
-        x_at = x + rows[:, None] * x_stride + k0 + k[None, :]
-        x_tile, squares = read_input(x_at, norm_weight, k0 + k, row_live, squares, K, BEFORE)
+        numbers = tl.load(x + k0 + again, mask=inside, other=0.0).to(tl.float32)
+        if BEFORE >= RMS:
+            row = tl.load(x + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32)
+            squares += row * row
+            numbers *= tl.load(norm_weight + k0 + again, mask=inside, other=0.0).to(tl.float32)
+        if BEFORE == SILU_OF:
+            numbers *= tl.sigmoid(numbers)
         if ACT == SWIGLU:
-            gates += x_tile[:, None, :] * tile.to(tl.float32)[None, :, :]
-        sums += x_tile[:, None, :] * up.to(tl.float32)[None, :, :]
-    y = tl.sum(sums, 2)
+            gates += numbers * tile.to(tl.float32)
+        sums += numbers * up.to(tl.float32)
+    y = tl.sum(sums, 1)[None, :]
     gate = y
     if ACT == SWIGLU:
-        gate = tl.sum(gates, 2)
-    finish(y, gate, squares, eps, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns,
-           row_live, N, channels, K, BEFORE, ACT, TARGET, INT8, BIAS, CONV, W, SILU)  # fmt: skip
+        gate = tl.sum(gates, 1)[None, :]
+    if BEFORE >= RMS:
+        total = tl.sum(squares, 0)
+        y = normalized(y, total, eps, K, BEFORE)
+        gate = normalized(gate, total, eps, K, BEFORE)
+    rows = tl.arange(0, 1)
+    finish(y, gate, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns,
+           rows < num_rows, N, channels, ACT, TARGET, INT8, BIAS, CONV, W, SILU)  # fmt: skip
 
 
 @triton.jit
@@ -181,5 +191,7 @@ def tile_kernel(
             up_at = w_at + k0 + N.to(tl.int64) * K
             tile = tl.load(up_at, mask=inside, other=0).to(x.dtype.element_ty)
         sums = tl.dot(x_tile, tl.trans(tile), sums, input_precision="ieee")
-    finish(sums, gates, squares, eps, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns,
-           row_live, N, channels, K, BEFORE, ACT, TARGET, INT8, BIAS, CONV, W, SILU)  # fmt: skip
+    sums = normalized(sums, squares[:, None], eps, K, BEFORE)
+    gates = normalized(gates, squares[:, None], eps, K, BEFORE)
+    finish(sums, gates, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns,
+           row_live, N, channels, ACT, TARGET, INT8, BIAS, CONV, W, SILU)  # fmt: skip
