@@ -5,7 +5,7 @@ It knows nothing of text, queues or stopping: `decoding` and `engine` decide who
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -56,6 +56,7 @@ class _Batch(NamedTuple):
     rules: list[tuple[slice, Rules]]
     tops: list[int]  # for each of `taken`, how many most likely tokens it reports
     program: "Program | None"  # of a GPU, to be recorded
+    draw: Callable[..., Tensor] | None  # of a GPU, what draws and writes the report where nothing is put in order
     live: Tensor  # [B] int64: 1, or 0 where the row's slot is a resting one
     tensors: list[Tensor]  # what a recorded step reads of all this
 
@@ -171,6 +172,9 @@ class Slots:
             # ids that were drawn or checked, in rows that have room: nothing here asks the device for a value
             logits = batch.program.enqueue(self.unread[rows], self.state, batch.slots, batch.live)
         logits = logits[:, : self.vocab_size]
+        if batch.draw is not None and batch.slots is not None:
+            (_, rules), *_ = batch.rules
+            return batch.draw(logits, rules, batch.seeds, batch.slots, self.state.position, self.unread)
         positions = self.state.position[rows]
         penalized = self.seen is not None and any(rules.penalized for _, rules in batch.rules)
         seen = self.seen[rows] if self.seen is not None and penalized else None
@@ -221,6 +225,7 @@ class Slots:
             device=self.device,
         )
         tensors = [slots, live, seeds, *rules[0][:5]]
+        tops = [min(params.logprobs, self.vocab_size) for params in self.params if params is not None]
         return _Batch(
             slots=None if everybody else slots,
             taken=taken,
@@ -228,8 +233,9 @@ class Slots:
             resting=torch.tensor([slot for slot in rows if self.params[slot] is None], device=self.device).long(),
             seeds=seeds,
             rules=list(zip(parts, rules, strict=True)),
-            tops=[min(params.logprobs, self.vocab_size) for params in self.params if params is not None],
+            tops=tops,
             program=program,
+            draw=None if program is None else program.drawing(rules[0], max(tops)),
             live=live,
             tensors=tensors,
         )

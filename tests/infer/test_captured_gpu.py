@@ -15,6 +15,7 @@ import torch
 from glade.infer import step as steps
 from glade.infer.config import SamplingParams
 from glade.infer.engine import Engine, Request
+from glade.infer.sampler import draw, gumbel_noise, rules_of
 from glade.infer.slots import Slots
 from glade.infer.step import decode_step
 from glade.model import LanguageModel, ModelConfig
@@ -208,6 +209,38 @@ def test_a_recorded_step_draws_what_the_step_draws(layers, dtype):
     check_recorded(layers, dtype)
 
 
+def check_draws(batch, vocab):
+    """The kernels draw what the sampler draws of the same logits."""
+    from glade.infer.captured.draw import draw_, suits
+
+    generator = torch.Generator().manual_seed(batch)
+    logits = (4 * torch.randn(batch, vocab + 3, generator=generator)).to(DEVICE)[:, :vocab]
+    seeds = torch.randint(2**62, (batch,), generator=generator).to(DEVICE)
+    slots = torch.randperm(2 * batch, generator=generator)[:batch].to(DEVICE)
+    positions = torch.randint(2**40, (2 * batch,), generator=generator).to(DEVICE)
+    settings = [(0.0, 0.0), (1.0, 0.0), (0.7, 0.1), (1.5, 0.02)]
+    params = [SamplingParams(temperature=t, min_p=p) for t, p in (settings * batch)[:batch]]
+    rules, unread = rules_of(params, vocab, logits.device), torch.full((2 * batch,), -1, device=DEVICE)
+    assert suits(rules, 0)
+    report = draw_(logits, rules, seeds, slots, positions, unread)
+    ids = draw(logits, rules, None, lambda ids: gumbel_noise(seeds, positions[slots], vocab, ids))
+    logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    assert torch.equal(report[:, 0], ids) and torch.equal(unread[slots], ids)
+    assert (unread == -1).sum() == batch
+    drawn = report[:, 1].to(torch.int32).view(torch.float32)
+    torch.testing.assert_close(drawn, logprobs, rtol=1e-5, atol=1e-5)
+    logits[0, 1] = float("nan")
+    bits = draw_(logits, rules, seeds, slots, positions, unread)[0]
+    assert 0 <= bits[0] < vocab and bits[1].to(torch.int32).view(torch.float32).isnan()
+
+
+@gpu
+@pytest.mark.parametrize("vocab", [7, 71, 32_000, 151_936])
+def test_draws(vocab):
+    for batch in (1, 3, 64):
+        check_draws(batch, vocab)
+
+
 @gpu
 def test_a_graph_is_replayed_in_the_engines_own_thread():
     model = make("gdn2", torch.bfloat16)
@@ -337,6 +370,8 @@ def in_the_interpreter():
     assert_steps_agree(make("gdn", **small), 5, tokens=2)
     assert_steps_agree(quantize(make("gla", **small)), 2, tokens=2)
     assert_steps_agree(make("swa", qk_norm=True, attention_gate=True, window=2, **small), 2)
+    check_draws(5, 71)
+    check_draws(2, 7)
     model = make(**small)
     few = [replace(params, max_new_tokens=4) for params in MIXED[:4]]
     recorded, records = answers(model, True, requests=few, max_batch=2)

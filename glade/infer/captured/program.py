@@ -1,14 +1,16 @@
 """A lowered model: its instructions, and what they work on. Nothing it enqueues asks the device for a value."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from glade.infer.captured.draw import draw_, suits
 from glade.infer.captured.instructions import Instruction, Run, overlapping
 from glade.infer.captured.weights import Weights
+from glade.infer.sampler import Rules
 from glade.model.lm import LanguageModel
 from glade.model.mixers.attention import MIN_CAPACITY
 from glade.model.mixers.linear import LinearState
@@ -63,6 +65,10 @@ class Program:
         self._grow(state)
         self.bind(state)
         return self.enqueue(ids, state, slots, torch.ones_like(slots))
+
+    def drawing(self, rules: Rules, most_tops: int) -> Callable[..., Tensor] | None:
+        """What draws by these rules in few kernels (`glade.infer.captured.draw.draw_`); None: nothing that is here."""
+        return draw_ if suits(rules, most_tops) else None
 
     def bind(self, state: State) -> Binding:
         """The addresses of a state, found anew when its tensors are others than last time. It may wait for the device.

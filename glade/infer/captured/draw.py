@@ -1,0 +1,51 @@
+"""Drawing on a GPU in three kernels, where nothing is put in order: no top-k, top-p, penalty, or list of tops."""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+import torch
+import triton
+from torch import Tensor
+
+from glade.infer.captured.instructions import overlapping
+from glade.infer.captured.kernels import draw as kernels
+from glade.infer.sampler import Rules
+
+_PARTS = 32
+
+
+def suits(rules: Rules, most_tops: int) -> bool:
+    return not (rules.widest or rules.penalized or most_tops)
+
+
+def draw_(logits: Tensor, rules: Rules, seeds: Tensor, slots: Tensor, positions: Tensor, unread: Tensor) -> Tensor:
+    """What `glade.infer.sampler.draw` draws with `gumbel_noise`, its log-probability beside it.
+
+    Args:
+        logits:    [B, vocab] fp32
+        seeds:     [B] int64
+        slots:     [B] int64, of each row its place in the two tables:
+        positions: [slots] int64, of the token to be drawn
+        unread:    [slots] int64, where the ids are put
+    Returns:
+        [B, 2] int64: the id, and the bits of its log-probability under the logits, fp32.
+    """
+    B, vocab = logits.shape
+    parts = min(_PARTS, triton.next_power_of_2(vocab))
+    block = triton.next_power_of_2(triton.cdiv(vocab, parts))
+    tops, sums, bests = torch.empty(3, B, parts, device=logits.device).unbind()
+    top_ids, best_ids = torch.empty(2, B, parts, dtype=torch.int32, device=logits.device).unbind()
+    report = torch.empty(B, 2, dtype=torch.int64, device=logits.device)
+    overlap = overlapping(logits.device)
+    stride, grid = logits.stride(0), (B, parts)
+    kernels.tops_kernel[grid](logits, stride, vocab, tops, top_ids, sums, BLOCK=block, PARTS=parts, **overlap)
+    if rules.drawn:
+        kernels.noise_kernel[grid](
+            logits, stride, vocab, tops, rules.temperature, rules.min_p, seeds, slots, positions, bests, best_ids,
+            BLOCK=block, PARTS=parts, INTERPRETED=logits.device.type == "cpu", **overlap,
+        )  # fmt: skip
+    kernels.choose_kernel[(B,)](
+        logits, stride, vocab, tops, top_ids, sums, bests, best_ids, rules.temperature, slots, unread, report,
+        PARTS=parts, DRAWN=rules.drawn, **overlap,
+    )  # fmt: skip
+    return report
