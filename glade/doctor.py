@@ -1,4 +1,5 @@
-"""`glade doctor`: what runs on this machine, what `auto` picks, and how far each backend is from the reference."""
+"""`glade doctor`: what runs on this machine, what `auto` picks, how far each backend is from the reference, and what
+decodes."""
 
 import json
 import os
@@ -16,12 +17,17 @@ from rich.table import Table
 from glade import __version__
 from glade.config import setting
 from glade.errors import BackendError
+from glade.infer.step import decode_step
 from glade.interop.load import find_device, find_dtype
+from glade.model import LanguageModel, ModelConfig
+from glade.model.quantized import quantize
 from glade.ops import parity
 from glade.ops.tolerances import TOLERANCES
 
 _OPTIONAL = ("datasets", "pyarrow", "fastapi", "gradio", "lm-eval", "transformers", "wandb", "tensorboard", "triton")
 _BACKENDS = ("cpu", "triton")
+# of a model's weights
+_WEIGHTS = ("float32", "bfloat16", "float16", "float64", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +48,28 @@ def run(config: DoctorConfig) -> None:
     device, dtype = find_device(config.device), find_dtype(config.dtype) or torch.float32
     rows = list(parity.measure(device, dtype))
     missing = parity.unavailable(device, dtype, _BACKENDS)
+    decode = {name: decode_path(device, name) for name in _WEIGHTS}
     if config.json:
-        found = {"machine": machine(), "parity": [row._asdict() for row in rows], "unavailable": missing}
+        parity_rows = [row._asdict() for row in rows]
+        found = {"machine": machine(), "parity": parity_rows, "unavailable": missing, "decode": decode}
         print(json.dumps(found, indent=2))
     else:
         _print(machine(), rows, missing, device, dtype)
+        _print_decode(decode, device)
     wrong = [f"{row.op} on {row.backend}" for row in rows if not row.within]
     if wrong:
         raise BackendError(f"beyond the tolerance of {dtype}: {', '.join(wrong)}; do not trust results from it")
+
+
+def decode_path(device: torch.device, weights: str) -> str:
+    """What runs the next token of a small model with such weights (a dtype, or `int8`), and why, if that is torch."""
+    model = LanguageModel(ModelConfig(mixer="gdn2", num_layers=1, dim=64, num_heads=2, vocab_size=64)).eval()
+    model = quantize(model) if weights == "int8" else model.to(getattr(torch, weights))
+    try:
+        step = decode_step(model.to(device))
+    except BackendError as refusal:
+        return f"refused: {refusal}"
+    return f"{step.path}: {step.reason}" if step.reason else step.path
 
 
 def machine() -> dict[str, Any]:
@@ -94,6 +114,12 @@ def _memory_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
+
+
+def _print_decode(decode: dict[str, str], device: torch.device) -> None:
+    print(f"\nwhat runs the decode step on {device}, by the dtype of the weights (a mixture of experts: always torch):")
+    for weights, path in decode.items():
+        print(f" {weights:9} {path}")
 
 
 def _print(
