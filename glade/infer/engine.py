@@ -94,6 +94,8 @@ class Engine:
         self.prefill_tokens, self.deterministic = prefill_tokens, deterministic
         self.max_tokens = longest_sequence(model, max_batch, max_state_bytes)
         self._slots = Slots(model, max_batch, vocab_size=vocab_size, max_room=self.max_tokens, padded=deterministic)
+        if self._slots.path not in ("native", "captured"):
+            _log.warning("decoding is slower than it could be: %s", self._slots.path)
         self._cache = PrefixCache(cache_bytes, self._slots.growing)
         self._prompts = PromptReader[_Sequence](model, self._cache, self._slots.growing, prefill_tokens, deterministic)
         self._free = list(range(max_batch))
@@ -194,6 +196,7 @@ class Engine:
             state_bytes=self._slots.state.nbytes,
             cache_bytes=self._cache.nbytes,
             cached_prefixes=len(self._cache),
+            decode=self._slots.path,
         )
 
     def _run(self) -> None:

@@ -69,3 +69,4 @@ class EngineStats:
     state_bytes: int  # of the table of states, whoever sits in it
     cache_bytes: int
     cached_prefixes: int
+    decode: str  # what runs the decode step: captured (a GPU), native (a CPU), or torch, with the reason

@@ -94,6 +94,8 @@ class Slots:
         self.vocab_size = vocab_size or cast(int, model.config.vocab_size)
         self.device = model.embed.weight.device
         self._decode = decode_step(model)
+        # for whoever asks, from any thread
+        self.path = self._decode.path + (f": {self._decode.reason}" if self._decode.reason else "")
         self.growing = growing_layers(model)
         self.state = model.init_state(size)
         self.unread = torch.zeros(size, dtype=torch.int64, device=self.device)

@@ -94,7 +94,8 @@ class Api:
         dead = [name for name, served in self.models.items() if not served.engine.alive]
         if self.closing or dead:
             raise Refusal(503, f"the engine of {', '.join(dead)} has stopped" if dead else "the server is stopping")
-        return JSONResponse({"status": "ok", "models": list(self.models)})
+        decode = {name: served.engine.stats().decode for name, served in self.models.items()}
+        return JSONResponse({"status": "ok", "models": list(self.models), "decode": decode})
 
     async def show_metrics(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
