@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from glade.model import LanguageModel, ModelConfig
 from glade.train.config import TrainSettings
+from glade.train.memory import keep_freed_memory
 from glade.train.optim import build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "cpu_train.csv"
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help=f"append rows to this file, such as {RESULTS}")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the program does; it serves every contender
     print("mixer\tcontender\tT\tprecision\tparameters\tmedian_ms\tp25_ms\ttokens/s\tratio")
     rows = [row for mixer in args.mixers for context in args.contexts for row in measure(mixer, context, args)]
     if args.out is None:

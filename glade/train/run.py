@@ -28,6 +28,7 @@ from glade.model.lm import LanguageModel
 from glade.train.curves import draw_curves
 from glade.train.log import Log, stdout
 from glade.train.loop import Budget, NonFiniteLoss, Objective, StepResult, Trainer
+from glade.train.memory import keep_freed_memory
 from glade.train.optim import build_optimizer
 from glade.train.resume import Checkpoints, Progress, write_config
 
@@ -138,6 +139,8 @@ class Run:
             NonFiniteLoss: the loss is not finite; the last good weights are saved.
         """
         config, progress = self.config, self.progress
+        if self.task.device.type == "cpu":
+            keep_freed_memory()
         write_config(self.folder, replace(config, resume=False))
         with Log(
             self.folder,
