@@ -34,10 +34,10 @@ def choose(op: str, table: Mapping[str, Backend], name: str, device: torch.devic
     Raises:
         BackendError: no such backend, or it cannot serve this device and dtype.
     """
+    if name == "auto":
+        return next(n for n, b in table.items() if b.automatic and _refusal(b, device, dtypes) is None)
     reasons = {n: _refusal(b, device, dtypes) for n, b in table.items()}
     able = [n for n, reason in reasons.items() if reason is None]
-    if name == "auto":
-        return next(n for n in able if table[n].automatic)
     if name not in table:
         raise BackendError(f"{op} has no backend '{name}'; use 'auto' or one of {sorted(table)}")
     if name not in able:
