@@ -307,9 +307,11 @@ def _results(file: Path) -> str:
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
     rows = [("tokens trained on", f"{results['tokens']:,}"), ("steps", f"{results['step']:,}")]
     if heldout := results["heldout"]:
-        rows += [
-            ("held-out loss", f"{heldout['loss']:.4f} nats"),
-            ("bits a byte", f"{heldout['bits_per_byte']:.3f}"),
-            ("next tokens right", f"{100 * heldout['accuracy']:.1f} %"),
-        ]
+        rows.append(("held-out loss", f"{heldout['loss']:.4f} nats"))
+        # text has bits a byte, preference pairs have a margin, answers to learn from neither
+        if "bits_per_byte" in heldout:
+            rows.append(("bits a byte", f"{heldout['bits_per_byte']:.3f}"))
+        if "accuracy" in heldout:
+            right = "chosen rated above rejected" if "margin" in heldout else "next tokens right"
+            rows.append((right, f"{100 * heldout['accuracy']:.1f} %"))
     return facts(rows)

@@ -206,6 +206,11 @@ def test_the_curves_of_the_run_are_inside_the_page(start: Any, make_model: Any, 
         models = {name: _at(served, folder) for name, served in server.models.items()}
         shown = Page(models, ServeSettings(votes=tmp_path / "v")).curves("base")
         assert base64.b64encode(picture).decode() in shown and "1.2500 nats" in shown and "50.0 %" in shown
+        # of answers, and of preference pairs
+        for measures, told in (({}, "1.2500 nats"), ({"accuracy": 0.75, "margin": 2.0}, "chosen rated above rejected")):
+            results["results"]["heldout"] = {"loss": 1.25, **measures}
+            (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+            assert told in Page(models, ServeSettings(votes=tmp_path / "v")).curves("base")
         assert "no run folder" in Page(server.models, ServeSettings(votes=tmp_path / "v")).curves("base")
 
 
