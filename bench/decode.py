@@ -120,8 +120,11 @@ def fill(engine: Engine, batch: int, prompt_tokens: int, params: SamplingParams)
         engine.step()
 
 
-def _nobody(_: Delta) -> None:
-    """A listener that does not listen."""
+def _nobody(delta: Delta) -> None:
+    """A listener that only hears faults, and ends the measurement: nothing could be made of it."""
+    if delta.error is not None:
+        print(f"a request failed: {delta.error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def time_steps(args: argparse.Namespace, model: LanguageModel, sampling: str, batch: int) -> tuple[list[float], int]:
