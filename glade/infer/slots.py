@@ -270,11 +270,11 @@ def _tokens(report: Tensor, batch: _Batch) -> list[Token]:
     """The drawn ids on the host; the one place where a step waits for the device."""
     table = report.cpu().numpy()
     half = table.shape[1] // 2
-    floats = table[:, half:].astype(np.int32).view(np.float32)
+    numbers, floats = table.tolist(), table[:, half:].astype(np.int32).view(np.float32).tolist()
     tokens = []
     for slot, row, num_top in zip(batch.taken, batch.rows, batch.tops, strict=True):
-        logprob, *best = floats[row, : 1 + num_top].tolist()
-        id, *best_ids = table[row, : 1 + num_top].tolist()
+        logprob, *best = floats[row][: 1 + num_top]
+        id, *best_ids = numbers[row][: 1 + num_top]
         tokens.append(Token(slot, id, logprob, tuple(zip(best_ids, best, strict=True))))
     return tokens
 

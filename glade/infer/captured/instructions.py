@@ -142,10 +142,10 @@ class Product(NamedTuple):
             BN = 8 if self.width > 2048 and BK <= 1024 else 4
             warps = 8 if BN * BK > 8192 else 4
             return product.vector_kernel, (triton.cdiv(self.width, BN),), dict(BN=BN, BK=BK, num_warps=warps)
-        M = min(max(triton.next_power_of_2(num_rows), 16), _MOST_TILE_ROWS)
+        wide = 1 if self.matrix.values.dtype == torch.float32 else 0
+        M = min(max(triton.next_power_of_2(num_rows), 16), _MOST_TILE_ROWS >> wide)
         BN = 16 if self.width <= 2048 else 32 if self.width <= 16384 else 64
         BK = min(max(triton.next_power_of_2(K), 16), 128)
-        wide = 1 if self.matrix.values.dtype == torch.float32 else 0
         grid = (triton.cdiv(self.width, BN), triton.cdiv(num_rows, M))
         return product.tile_kernel, grid, dict(M=M, BN=BN, BK=BK >> wide, STAGES=3, num_warps=4)
 
