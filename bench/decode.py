@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -77,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--long", type=int, default=32_768, help="tokens of the text that `prefill` reads")
-    parser.add_argument("--piece", type=int, default=2048, help="tokens of a prompt that the engine reads in a step")
+    parser.add_argument("--pieces", nargs="+", type=int, default=[2048], help="tokens of a prompt read in a step")
     parser.add_argument("--tokens", type=int, default=100_000, help="that `flat` generates, at the largest batch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="rows are added to this file")
     parser.add_argument("--no-csv", action="store_true", help="print only")
@@ -201,21 +202,22 @@ def prefill(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
     ids = torch.randint(args.vocab, (1, args.long), device=args.device)
     tokens, growing = ids[0].tolist(), growing_layers(model)
 
-    def pieces() -> None:
+    def pieces(size: int) -> None:
         state = None
-        for start in range(0, args.long, args.piece):
-            (state,) = read(model, [tokens[start : start + args.piece]], [state], growing)
+        for start in range(0, args.long, size):
+            (state,) = read(model, [tokens[start : start + size]], [state], growing)
 
-    for what, work in (
-        (f"prefill, pieces of {args.piece}", pieces),
-        ("training forward", lambda: model(ids, targets=ids)),
-    ):
+    works: dict[str, Callable[[], object]] = {
+        f"prefill, pieces of {size}": partial(pieces, size) for size in args.pieces
+    }
+    works["training forward"] = partial(model, ids, targets=ids)
+    for what, work in works.items():
         times = [1e3 * seconds(args.device, work) for _ in range(6)][2:]
         report(args, model, mixer, what, times, 1, model.state_bytes(args.long), prompt=args.long, tokens=args.long)
 
 
 def seen(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
-    engine = Engine(model, max_batch=8, prefill_tokens=args.piece, cache_bytes=2**31)
+    engine = Engine(model, max_batch=8, prefill_tokens=args.pieces[-1], cache_bytes=2**31)
     prompt = tuple(torch.randint(args.vocab, (30_000,)).tolist())
 
     def first_token(prompt: tuple[int, ...]) -> None:
