@@ -4,6 +4,7 @@
     call, launch        what every launch needs
     configs             block sizes: rows of table.json
     tiles               what the kernels share
+    assembler           which ptxas turns them into machine code
     step                the decode step
 
 where decay or erase is a vector (`vector_op` launches these)
@@ -47,7 +48,9 @@ step_: Callable[..., Any]
 if INSTALLED:
     from glade.ops.linear_attention.register import register
     from glade.ops.linear_attention.triton import op, step
+    from glade.ops.linear_attention.triton.assembler import choose_assembler
 
+    choose_assembler()
     run = register("triton", op.forward, op.backward, op.kept_like)
     step_ = step.step_
 else:

@@ -45,9 +45,9 @@ class Call:
         return self.chunk.bit_length() - 1
 
     def value_block(self, launch: Launch, chunks: Chunks) -> int:
-        """How many value channels a program of a pass over states takes."""
+        """How many value channels a program of a pass over states takes: fewer, while processors have no two."""
         block = min(self.VP, launch.block)
-        while block > 16 and chunks.sequences * self.HV * (self.VP // block) < MULTIPROCESSORS:
+        while block > 16 and chunks.sequences * self.HV * (self.VP // block) < 2 * MULTIPROCESSORS:
             block //= 2
         return block
 

@@ -33,16 +33,15 @@ def kernel_name(corner: tuple[str, ...], wide: bool, launch: str) -> str | None:
 def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) -> list[Candidate]:
     """All to be tried with chunks of `chunk` tokens; what does not fit the shared memory says so when it is run."""
     # states: registers hold K x block, shared memory a chunk of q, k and v a stage
-    states = [Launch(16, 4, 2), Launch(16, 4, 3)]
-    states += [Launch(block, 4, stages) for block in (32, 64) for stages in (1, 2, 3)]
-    states += [Launch(64, 8, 2), Launch(128, 8, 1), Launch(128, 8, 2)]
-    prepare = [Launch(*x) for x in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8))]
+    states = [Launch(block, 4, stages) for block in (16, 32, 64) for stages in (2, 3)]
+    states += [Launch(64, 8, 2), Launch(64, 8, 3), Launch(128, 8, 2)]
+    prepare = [Launch(*x) for x in ((32, 2), (64, 2), (64, 4), (128, 2), (128, 4), (128, 8))]
     values = [Launch(*x) for x in ((64, 2, 2), (64, 4, 2), (128, 4, 1), (128, 4, 2))]
     # keys: never more than a warp for 16 channels (`Launch.warps`)
     keys = [
         Launch(block, warps, stages, block_v)
-        for block, warps in ((32, 2), (64, 2), (64, 4), (128, 8))
-        for stages, block_v in ((1, 64), (2, 64), (2, 32), (1, 128))
+        for block, warps in ((32, 2), (64, 4), (128, 8))
+        for stages, block_v in ((2, 64), (3, 64), (3, 32), (1, 128))
     ]
     states, values = ([x for x in launches if x.block <= V] for launches in (states, values))
     prepare, keys = ([x for x in launches if x.block <= K] for launches in (prepare, keys))
@@ -54,6 +53,11 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
     of_launch = {"prepare": prepare, "forward": states, "backward": states, "values": values, "keys": keys}
     if is_scalar(corner, wide):
         del of_launch["values"]
+        blocks = ((32, 2), (32, 4), (64, 4), (128, 8))
+        of_launch["keys"] = [
+            Launch(block, warps, 1, block_v) for block, warps in blocks for block_v in (64, 128)
+            if block <= K and block_v <= max(V, 64)
+        ]  # fmt: skip
         if corner[1] == "none":
             of_launch["prepare"] = [Launch(32, 1)]  # no product is made there
     return [Candidate(chunk, name, launch) for name, launches in of_launch.items() for launch in launches]

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -86,8 +87,15 @@ def kind_of(gate: Tensor | None, num_axes: int) -> int:
     return 0 if gate is None else 1 + (gate.dim() == num_axes)
 
 
-def strides_of(x: Tensor | None) -> tuple[int, ...]:
-    return () if x is None else x.stride()
+def constants(*numbers: int) -> tuple:
+    """Numbers that a kernel is compiled for. A model does not change them, and with them the addresses of a tile are
+    one register and fixed distances: without, registers spill."""
+    return tuple(tl.constexpr(n) for n in numbers)
+
+
+def strides_of(x: Tensor | None) -> tuple:
+    """Strides as a kernel takes them: that of the batch a number, the others constants."""
+    return () if x is None else (x.stride(0), *constants(*x.stride()[1:]))
 
 
 def device_of(x: Tensor) -> AbstractContextManager:

@@ -21,7 +21,33 @@ Without erase R is write v, read again. Gradients of the gates are written for e
 import triton
 import triton.language as tl
 
-from glade.ops.linear_attention.triton.tiles import NONE, SCALAR, VECTOR, chunk_tokens, load_columns, token_head
+from glade.ops.linear_attention.triton.tiles import NONE, SCALAR, VECTOR, chunk_tokens, load_rows, token_head
+
+
+@triton.jit
+def load_out(do, rows, live, values, HV, V, DTYPE: tl.constexpr):
+    inside = (rows < live)[:, None] & (values < V)[None, :]
+    return tl.load(do + rows[:, None] * (HV * V) + values[None, :], mask=inside, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def written(
+    R, v, v_strides, write, write_strides, write_rows, tile, rows, live, values, V,
+    VP: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """[rows, values], what each token writes: R, and without erase write v."""
+    if ERASE != NONE:
+        r = tl.load(R + rows[:, None] * VP + values[None, :])
+    elif WRITE == NONE:
+        r = load_rows(v, v_strides, rows, live, values, V).to(DTYPE)
+    else:
+        z = load_rows(v, v_strides, rows, live, values, V).to(tl.float32)
+        if WRITE == SCALAR:
+            z *= tl.load(write_rows + tile * C + rows)[:, None]
+        else:
+            z *= load_rows(write, write_strides, rows, live, values, V).to(tl.float32)
+        r = z.to(DTYPE)
+    return r
 
 
 @triton.jit
@@ -33,15 +59,13 @@ def scalar_keys_kernel(
     HV, GROUP, K, V,
     KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     NUM_BLOCKS: tl.constexpr = KP // BK
     block, m, head = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     tile = m.to(tl.int64) * HV + head
     rows, columns = tl.arange(0, C), block * BK + tl.arange(0, BK)
-    q = token_head(q, q_strides, row, start, head // GROUP)
-    k = token_head(k, k_strides, row, start, head // GROUP)
     first_head = (row.to(tl.int64) * num_tokens + start) * HV + head
     of_block = block.to(tl.int64) * num_token_heads + first_head
     do += first_head * V
@@ -54,85 +78,109 @@ def scalar_keys_kernel(
         v = token_head(v, v_strides, row, start, head)
         if WRITE == VECTOR:
             write = token_head(write, write_strides, row, start, head)
-
-    # Sums over value channels, as channels by rows; the products of pairs as later by earlier token.
-    q_sum = tl.zeros([BK, C], tl.float32)
-    e_sum = tl.zeros([BK, C], tl.float32)
-    k_sum = tl.zeros([BK, C], tl.float32)
-    d_products = tl.zeros([C, C], tl.float32)
-    d_lower = tl.zeros([C, C], tl.float32)
-    carried = tl.zeros([BK], tl.float32)
-    for first_v in tl.range(0, VP, BV, num_stages=STAGES):
-        values = first_v + tl.arange(0, BV)
-        inside = (values < V)[:, None] & (rows < live)[None, :]
-        d_out = tl.load(do + values[:, None] + rows[None, :] * (HV * V), mask=inside, other=0.0).to(DTYPE)
-        chunk_at = values[:, None] + rows[None, :] * VP
-        state_at = columns[:, None] * VP + values[None, :]
-        if ERASE != NONE:
-            r = tl.load(R + chunk_at)
-        elif WRITE == NONE:
-            r = load_columns(v, v_strides, rows, live, values, V).to(DTYPE)
-        else:
-            z = load_columns(v, v_strides, rows, live, values, V).to(tl.float32)
-            if WRITE == SCALAR:
-                z *= tl.load(write_rows + tile * C + rows)[None, :]
-            else:
-                z *= load_columns(write, write_strides, rows, live, values, V).to(tl.float32)
-            r = z.to(DTYPE)
-        S, dS = tl.load(S_before + state_at), tl.load(dS_after + state_at)
-        q_sum = tl.dot(S, d_out, q_sum, input_precision=PRECISION)
-        k_sum = tl.dot(dS, r, k_sum, input_precision=PRECISION)
-        d_products = tl.dot(tl.trans(d_out), r, d_products, input_precision=PRECISION)
-        if ERASE != NONE:
-            dr = tl.load(dR + chunk_at)
-            e_sum = tl.dot(S, dr, e_sum, input_precision=PRECISION)
-            d_lower = tl.dot(tl.trans(dr), r, d_lower, input_precision=PRECISION)
-        if GATE == SCALAR:
-            carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-
-    q_tile = load_columns(q, q_strides, rows, live, columns, K).to(DTYPE)
-    k_tile = load_columns(k, k_strides, rows, live, columns, K).to(DTYPE)
-    q_sum *= scale
-    d_products *= scale
     later, earlier = rows[:, None], rows[None, :]
-    with_itself = tl.sum(tl.where(later == earlier, d_products, 0.0), 0)[None, :]
+
     if GATE == SCALAR:
         sums = tl.load(G + tile * C + rows)
         last = tl.load(G + tile * C + C - 1)
-        to_row = tl.exp2(sums.to(tl.float32))[None, :]
-        q_sum *= to_row
-        e_sum *= -to_row
-        k_sum *= tl.exp2((last - sums).to(tl.float32))[None, :]
-        # what goes on to the end of the chunk has part in the gradient of every row's decay
-        onward = tl.sum(carried, 0) * tl.exp2(last.to(tl.float32))
-        onward += tl.sum(tl.sum(k_tile.to(tl.float32) * k_sum, 1), 0)
+        to_row = tl.exp2(sums.to(tl.float32))[:, None]
+    if ERASE != NONE:
+        gate = tl.load(erase_rows + tile * C + rows)
+
+    # Products of pairs, as later by earlier token.
+    d_products = tl.zeros([C, C], tl.float32)
+    d_lower = tl.zeros([C, C], tl.float32)
+    for first_v in tl.static_range(0, VP, BV):
+        values = first_v + tl.arange(0, BV)
+        d_out = load_out(do, rows, live, values, HV, V, DTYPE)
+        r = written(
+            R, v, v_strides, write, write_strides, write_rows, tile, rows, live, values, V, VP, C, ERASE, WRITE, DTYPE
+        )
+        d_products = tl.dot(d_out, tl.trans(r), d_products, input_precision=PRECISION)
+        if ERASE != NONE:
+            dr = tl.load(dR + rows[:, None] * VP + values[None, :])
+            d_lower = tl.dot(dr, tl.trans(r), d_lower, input_precision=PRECISION)
+    with_itself = tl.sum(tl.where(later == earlier, d_products, 0.0), 1)[:, None] * scale
+    if GATE == SCALAR:
         apart = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0).to(tl.float32))
         d_products *= apart
-        d_lower *= -apart
-    else:
-        e_sum = -e_sum
-        d_lower = -d_lower
-    dp = tl.where(later > earlier, d_products, 0.0).to(DTYPE)
-    q_sum = tl.dot(k_tile, tl.trans(dp), q_sum, input_precision=PRECISION)
-    k_sum = tl.dot(q_tile, dp, k_sum, input_precision=PRECISION)
-    if ERASE != NONE:
-        gate = tl.load(erase_rows + tile * C + rows)[None, :]
-        dt = tl.where(later > earlier, d_lower, 0.0).to(DTYPE)
-        e_sum = tl.dot(k_tile, tl.trans(dt), e_sum, input_precision=PRECISION)
-        k_sum = tl.dot((gate * k_tile.to(tl.float32)).to(DTYPE), dt, k_sum, input_precision=PRECISION)
+        d_lower *= apart
+    dp = tl.where(later > earlier, d_products * scale, 0.0).to(DTYPE)
+    dt = tl.where(later > earlier, -d_lower, 0.0).to(DTYPE)
 
-    inside = (columns < K)[:, None] & (rows < live)[None, :]
-    at = first_head * K + columns[:, None] + rows[None, :] * (HV * K)
-    wide_q, wide_k = q_tile.to(tl.float32), k_tile.to(tl.float32)
-    if GATE == SCALAR:
-        per_row = wide_q * q_sum - wide_k * k_sum
+    # The gradients that read S: of q, and of the erasing key.
+    q_sum = tl.zeros([C, BK], tl.float32)
+    e_sum = tl.zeros([C, BK], tl.float32)
+    for first_v in tl.static_range(0, VP, BV):
+        values = first_v + tl.arange(0, BV)
+        S = tl.load(S_before + columns[:, None] * VP + values[None, :])
+        d_out = load_out(do, rows, live, values, HV, V, DTYPE)
+        q_sum = tl.dot(d_out, tl.trans(S), q_sum, input_precision=PRECISION)
         if ERASE != NONE:
-            per_row += gate * wide_k * e_sum
-        gradient = tl.cumsum(tl.sum(per_row, 0), 0, reverse=True) + onward
-        tl.store(dg + of_block + rows * HV, gradient, mask=rows < live)
+            dr = tl.load(dR + rows[:, None] * VP + values[None, :])
+            e_sum = tl.dot(dr, tl.trans(S), e_sum, input_precision=PRECISION)
+    k_tile = load_rows(token_head(k, k_strides, row, start, head // GROUP), k_strides, rows, live, columns, K).to(DTYPE)
+    q_tile = load_rows(token_head(q, q_strides, row, start, head // GROUP), q_strides, rows, live, columns, K).to(DTYPE)
+    wide_q, wide_k = q_tile.to(tl.float32), k_tile.to(tl.float32)
+    q_sum *= scale
+    if GATE == SCALAR:
+        q_sum *= to_row
+        e_sum *= to_row
+    q_sum = tl.dot(dp, k_tile, q_sum, input_precision=PRECISION)
+    inside = (rows < live)[:, None] & (columns < K)[None, :]
+    at = first_head * K + rows[:, None] * (HV * K) + columns[None, :]
     tl.store(dq + at, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)
+    of_row = tl.sum(wide_q * q_sum, 1)
+    if ERASE != NONE:
+        e_sum = tl.dot(dt, k_tile, -e_sum, input_precision=PRECISION)
+        of_erase = tl.sum(wide_k * e_sum, 1)
+        tl.store(d_erase + of_block + rows * HV, of_erase, mask=rows < live)
+        of_row += gate * of_erase
+
+    # Products of pairs again, as earlier by later token: a product in registers is the left side of the next as it is;
+    # its transpose would go through shared memory.
+    d_products_t = tl.zeros([C, C], tl.float32)
+    d_lower_t = tl.zeros([C, C], tl.float32)
+    k_sum = tl.zeros([C, BK], tl.float32)
+    carried = tl.zeros([BK], tl.float32)
+    for first_v in tl.static_range(0, VP, BV):
+        values = first_v + tl.arange(0, BV)
+        d_out = load_out(do, rows, live, values, HV, V, DTYPE)
+        r = written(
+            R, v, v_strides, write, write_strides, write_rows, tile, rows, live, values, V, VP, C, ERASE, WRITE, DTYPE
+        )
+        d_products_t = tl.dot(r, tl.trans(d_out), d_products_t, input_precision=PRECISION)
+        if ERASE != NONE:
+            dr = tl.load(dR + rows[:, None] * VP + values[None, :])
+            d_lower_t = tl.dot(r, tl.trans(dr), d_lower_t, input_precision=PRECISION)
+    if GATE == SCALAR:
+        apart = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
+        d_products_t *= apart
+        d_lower_t *= apart
+    dp = tl.where(later < earlier, d_products_t * scale, 0.0).to(DTYPE)
+    if ERASE != NONE:
+        dt = tl.where(later < earlier, -d_lower_t * gate[None, :], 0.0).to(DTYPE)
+    for first_v in tl.static_range(0, VP, BV):
+        values = first_v + tl.arange(0, BV)
+        state_at = columns[:, None] * VP + values[None, :]
+        dS = tl.load(dS_after + state_at)
+        r = written(
+            R, v, v_strides, write, write_strides, write_rows, tile, rows, live, values, V, VP, C, ERASE, WRITE, DTYPE
+        )
+        k_sum = tl.dot(r, tl.trans(dS), k_sum, input_precision=PRECISION)
+        if GATE == SCALAR:
+            carried += tl.sum(tl.load(S_before + state_at).to(tl.float32) * dS.to(tl.float32), 1)
+    if GATE == SCALAR:
+        k_sum *= tl.exp2((last - sums).to(tl.float32))[:, None]
+        # what goes on to the end of the chunk has part in the gradient of every row's decay
+        onward = tl.sum(tl.sum(wide_k * k_sum, 1), 0) + tl.exp2(last.to(tl.float32)) * tl.sum(carried, 0)
+    k_sum = tl.dot(dp, q_tile, k_sum, input_precision=PRECISION)
+    if ERASE != NONE:
+        k_sum = tl.dot(dt, k_tile, k_sum, input_precision=PRECISION)
+    if GATE == SCALAR:
+        gradient = tl.cumsum(of_row - tl.sum(wide_k * k_sum, 1), 0, reverse=True) + onward
+        tl.store(dg + of_block + rows * HV, gradient, mask=rows < live)
     k_sum += with_itself * wide_q
     if ERASE != NONE:
-        k_sum += gate * e_sum
-        tl.store(d_erase + of_block + rows * HV, tl.sum(wide_k * e_sum, 0), mask=rows < live)
+        k_sum += gate[:, None] * e_sum
     tl.store(dk + at, k_sum.to(dk.dtype.element_ty), mask=inside)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glade.ops.linear_attention.chunk_layout import max_chunks
 from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts
-from glade.ops.linear_attention.triton.launch import Chunks, chunks_of, device_of, strides_of
+from glade.ops.linear_attention.triton.launch import Chunks, chunks_of, constants, device_of, strides_of
 from glade.ops.linear_attention.triton.scalar_keys import scalar_keys_kernel
 from glade.ops.linear_attention.triton.scalar_prepare import scalar_prepare_kernel
 from glade.ops.linear_attention.triton.scalar_states import scalar_backward_states_kernel, scalar_forward_states_kernel
@@ -52,7 +52,7 @@ def _prepare(call: Call, chunks: Chunks, k, g, erase, write, kept: list[Tensor])
     scalar_prepare_kernel[(chunks.count, call.HV)](
         k, g, erase, write, *(strides_of(x) for x in (k, g, erase, write)),
         *kept[:4], *call.where(chunks),
-        call.HV, call.group, call.K,
+        *constants(call.HV, call.group, call.K),
         KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed,
         G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
@@ -68,7 +68,7 @@ def _forward_states(call: Call, chunks: Chunks, q, k, v, write, scale, initial, 
     scalar_forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
         *kept[:4], o, initial, final, *kept[4:], *call.along(chunks), scale,
-        call.HV, call.group, call.K, call.V,
+        *constants(call.HV, call.group, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
         INITIAL=initial is not None, KEEP=keep, PACKED=call.packed, **call.types,
@@ -98,7 +98,7 @@ def _backward_states(call: Call, chunks: Chunks, do, q, k, v, write, scale, d_fi
         scalar_backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
             do, q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
             *kept[:4], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks), call.num_token_heads, scale,
-            call.HV, call.group, call.K, call.V,
+            *constants(call.HV, call.group, call.K, call.V),
             KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
             GATE=call.gate, ERASE=call.erase, WRITE=call.write,
             INITIAL=d_state is not None, PACKED=call.packed, **call.types,
@@ -119,10 +119,10 @@ def _backward_keys(call: Call, chunks: Chunks, do, q, k, v, g, erase, write, sca
             q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
             G, erase_rows, write_rows, do, R, dR, S, dS, dq, dk, d_erase, dg,
             *call.where(chunks), call.num_token_heads, scale,
-            call.HV, call.group, call.K, call.V,
+            *constants(call.HV, call.group, call.K, call.V),
             KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v), C=call.chunk,
             GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
-            STAGES=launch.stages, num_warps=min(launch.warps, max(1, BK // 16)),
+            num_warps=launch.warps,
         )  # fmt: skip
     dq, dk = call.over_group(dq, q), call.over_group(dk, k)
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)

@@ -93,31 +93,32 @@ def scalar_forward_states_kernel(
         elif WRITE == VECTOR:
             gate = token_head(write, write_strides, row, start, head)
             z *= load_rows(gate, write_strides, rows, live, columns, V).to(tl.float32)
+        # Stores and products stand where what they hold of shared memory is free for the next: two programs share a
+        # processor with 113 KB each.
         S_low = S.to(DTYPE)
-        if KEEP:
-            tl.store(S_before + tile * KP * VP + states, S_low)
+        out = tl.dot(q_tile, S_low, input_precision=PRECISION)
         if ERASE != NONE:
             erased = tl.load(erase_rows + tile * C + rows)
             if GATE == SCALAR:
                 erased *= to_row
             z -= erased[:, None] * tl.dot(k_tile, S_low, input_precision=PRECISION)
             z = tl.dot(tl.load(A + tile * C * C + square), z.to(DTYPE), input_precision=PRECISION)
+        if KEEP:
+            tl.store(S_before + tile * KP * VP + states, S_low)
         r = z.to(DTYPE)
-        if KEEP and ERASE != NONE:
-            tl.store(R + tile * C * VP + values, r)
-        at_end = r
-        if GATE == SCALAR:
-            at_end = (z * to_end[:, None]).to(DTYPE)
-        out = tl.dot(q_tile, S_low, input_precision=PRECISION)
         if GATE == SCALAR:
             out *= to_row[:, None]
         out = tl.dot(products, r, out, input_precision=PRECISION) * scale
         first_value = ((row.to(tl.int64) * num_tokens + start) * HV + head) * V
         inside = (rows < live)[:, None] & (columns < V)[None, :]
         tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
+        at_end = r
         if GATE == SCALAR:
+            at_end = (z * to_end[:, None]).to(DTYPE)
             S *= decay
         S = tl.dot(tl.trans(k_tile), at_end, S, input_precision=PRECISION)
+        if KEEP and ERASE != NONE:
+            tl.store(R + tile * C * VP + values, r)
     tl.store(final + of_sequence + state_at, S, mask=in_state)
 
 
@@ -160,18 +161,18 @@ def scalar_backward_states_kernel(
         d_out = tl.load(do + first_head * V + token_values, mask=inside, other=0.0).to(DTYPE)
         if GATE == SCALAR:
             sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
-        dS_low = dS.to(DTYPE)
-        tl.store(dS_after + tile * KP * VP + states, dS_low)
 
         # the earlier token is the row here, the later one the column
         products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
         if GATE == SCALAR:
             products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
         products = tl.where(not_before, products, 0.0).to(DTYPE)
+        dS_low = dS.to(DTYPE)
         z = tl.dot(k_tile, dS_low, input_precision=PRECISION)
         if GATE == SCALAR:
             z *= to_end[:, None]
         z = tl.dot(products, d_out, z, input_precision=PRECISION)
+        tl.store(dS_after + tile * KP * VP + states, dS_low)
         if ERASE != NONE:
             z = tl.dot(tl.load(A + tile * C * C + transposed), z.to(DTYPE), input_precision=PRECISION)
             tl.store(dR + tile * C * VP + values, z.to(DTYPE))
@@ -187,17 +188,21 @@ def scalar_backward_states_kernel(
                 erased *= to_row
             dS = tl.dot(tl.trans(k_tile), (z * -erased[:, None]).to(DTYPE), dS, input_precision=PRECISION)
 
-        if WRITE != NONE:
+        if WRITE == NONE:
+            tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
+        # Always so where there are tokens. What is loaded under a condition is not copied ahead to shared memory, which
+        # has no room for it if two programs are to share a processor.
+        elif live > 0:
             v_head = token_head(v, v_strides, row, start, head)
             d_gate = z * load_rows(v_head, v_strides, rows, live, columns, V).to(tl.float32)
-        if WRITE == SCALAR:
-            at = d_write + block.to(tl.int64) * num_token_heads + first_head + rows * HV
-            tl.store(at, tl.sum(d_gate, 1), mask=rows < live)
-            z *= tl.load(write_rows + tile * C + rows)[:, None]
-        elif WRITE == VECTOR:
-            tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)
-            gate = token_head(write, write_strides, row, start, head)
-            z *= load_rows(gate, write_strides, rows, live, columns, V).to(tl.float32)
-        tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
+            if WRITE == SCALAR:
+                at = d_write + block.to(tl.int64) * num_token_heads + first_head + rows * HV
+                tl.store(at, tl.sum(d_gate, 1), mask=rows < live)
+                z *= tl.load(write_rows + tile * C + rows)[:, None]
+            else:
+                tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)
+                gate = token_head(write, write_strides, row, start, head)
+                z *= load_rows(gate, write_strides, rows, live, columns, V).to(tl.float32)
+            tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
     if INITIAL:
         tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)

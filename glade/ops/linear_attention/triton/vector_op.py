@@ -15,7 +15,7 @@ from torch import Tensor
 from glade.ops.linear_attention.chunk_layout import max_chunks
 from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts
 from glade.ops.linear_attention.triton.keys_backward import keys_backward_kernel
-from glade.ops.linear_attention.triton.launch import Chunks, chunks_of, device_of, strides_of
+from glade.ops.linear_attention.triton.launch import Chunks, chunks_of, constants, device_of, strides_of
 from glade.ops.linear_attention.triton.prepare import prepare_kernel
 from glade.ops.linear_attention.triton.states import backward_states_kernel, forward_states_kernel
 from glade.ops.linear_attention.triton.values_backward import values_backward_kernel
@@ -54,7 +54,7 @@ def _prepare(call: Call, chunks: Chunks, q, k, g, erase, scale: float, kept: lis
     prepare_kernel[(chunks.count, call.HV)](
         q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
         *kept[:7], *call.where(chunks), scale,
-        call.HV, call.group, call.K,
+        *constants(call.HV, call.group, call.K),
         KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
         GATE=call.gate, ERASE=call.erase, PACKED=call.packed, G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
         num_warps=launch.warps,
@@ -70,7 +70,7 @@ def _forward_states(call: Call, chunks: Chunks, v, write, initial, o, final, kep
     forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         v, write, *(strides_of(x) for x in (v, write)),
         Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks),
-        call.HV, call.K, call.V,
+        *constants(call.HV, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
         INITIAL=initial is not None, KEEP=keep, PACKED=call.packed, **call.types,
@@ -105,7 +105,7 @@ def _backward_states(call: Call, chunks: Chunks, do, initial, d_final, d_state, 
         return carried
     backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
         do, *kept[1:7], kept[8], initial, d_final, d_state, dR, dS, carried, *call.along(chunks),
-        call.HV, call.K, call.V,
+        *constants(call.HV, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
         GATE=call.gate, ERASE=call.erase, INITIAL=d_state is not None, PACKED=call.packed, **call.types,
         STAGES=launch.stages, num_warps=launch.warps,
@@ -120,7 +120,7 @@ def _backward_values(call: Call, chunks: Chunks, do, v, write, scale, R, dR, dv,
     values_backward_kernel[(chunks.count, call.HV)](
         v, write, *(strides_of(x) for x in (v, write)),
         do, R, dR, dv, d_write, dP, dT, *call.where(chunks), scale,
-        call.HV, call.V,
+        *constants(call.HV, call.V),
         VP=call.VP, BV=min(call.VP, launch.block), C=call.chunk,
         ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
         STAGES=launch.stages, num_warps=launch.warps,
@@ -139,7 +139,7 @@ def _backward_keys(call: Call, chunks: Chunks, do, q, k, g, erase, scale, kept: 
             q, k, erase, *(strides_of(x) for x in (q, k, erase)),
             G, do, R, dR, S, dS, dP, dT, carried, dq, dk, d_erase, dg,
             *call.where(chunks), call.num_token_heads, scale,
-            call.HV, call.group, call.K, call.V,
+            *constants(call.HV, call.group, call.K, call.V),
             KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v),
             NUM_CARRIED=carried.shape[2], C=call.chunk, LEVELS=call.levels,
             GATE=call.gate, ERASE=call.erase, PACKED=call.packed, **call.types,
