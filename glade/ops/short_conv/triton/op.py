@@ -3,6 +3,7 @@
 # Triton is not installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,17 +15,18 @@ from glade.ops.packing import document_ids
 from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
 from glade.ops.short_conv.register import final_like, no_gradient, register
 from glade.ops.short_conv.triton.kernels import (
-    activations_backward_kernel,
+    backward_kernel,
     final_state_kernel,
     forward_kernel,
-    inputs_backward_kernel,
     state_backward_kernel,
     step_kernel,
 )
 
-TILE = 4096  # elements of a tile of rows x channels; half as many in the backward, which holds three of them
-WIDTH = 64  # channels of a group where no norm asks for a head
-TILES = 16  # tiles of rows whose gradients of taps one program sums
+TILE = 512  # elements of a step: a row of each segment of a program; with more, registers leave room for few warps
+WIDTH = 128  # channels of a group where no norm asks for a head
+SEGMENTS = (64, 32, 16)  # rows that a program walks down
+PROGRAMS = 1024  # that a GPU should have at least, or segments are shorter
+AHEAD = 4  # rows that are read at once: what is on its way from memory hides how long it takes
 
 
 class _Call(NamedTuple):
@@ -43,11 +45,19 @@ class _Call(NamedTuple):
         return triton.next_power_of_2(self.width)
 
     @property
-    def rows(self) -> int:
-        return max(1, min(64, TILE // self.block))
+    def side_by_side(self) -> int:
+        """Segments of a program."""
+        return max(1, TILE // self.block)
 
-    def grid(self, rows: int) -> tuple[int, int]:
-        return triton.cdiv(self.num_rows, rows), triton.cdiv(self.D, self.width)
+    def grid(self, segment: int) -> tuple[int, int]:
+        return triton.cdiv(self.num_rows, segment * self.side_by_side), triton.cdiv(self.D, self.width)
+
+    def walk(self) -> tuple[tuple[int, int], dict[str, int | bool]]:
+        """The grid of the walks down the rows, and what their kernels are compiled for."""
+        segment = next((s for s in SEGMENTS if math.prod(self.grid(s)) >= PROGRAMS), SEGMENTS[-1])
+        crosses = self.borders is not None or self.num_tokens % segment != 0
+        cut = {"WIDTH": self.width, "BD": self.block, "BS": self.side_by_side, "SEGMENT": segment, "AHEAD": AHEAD}
+        return self.grid(segment), {**cut, "PACKED": self.borders is not None, "CROSSES": crosses}
 
 
 def _call_of(x: Tensor, cu_seqlens: Tensor | None, l2norm_heads: int | None, l2norm_channels: int) -> _Call:
@@ -80,18 +90,19 @@ def _forward(
     y, final = x.new_empty(x.shape), final_like(x, weight, state, cu_seqlens)
     rows, weight, W = _rows_of(x, call.D), weight.contiguous(), weight.shape[1]
     state = None if state is None else state.contiguous()
-    given = dict(STATE=state is not None, PACKED=call.borders is not None)
+    grid, cut = call.walk()
     with device_of(x):
         if y.numel() > 0:
-            forward_kernel[call.grid(call.rows)](
+            forward_kernel[grid](
                 rows, rows.stride(0), weight, bias, state, y, call.documents, call.borders,
                 call.num_rows, call.num_tokens, call.D, l2norm_channels, L2_NORM_EPS,
-                WIDTH=call.width, BD=call.block, BT=call.rows, W=W,
-                SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None, **given,
+                W=W, SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None,
+                STATE=state is not None, **cut,
             )  # fmt: skip
         if final.numel() > 0:
             final_state_kernel[(call.num_documents, triton.cdiv(call.D, WIDTH))](
-                rows, rows.stride(0), state, final, call.borders, call.num_tokens, call.D, BD=WIDTH, W=W, **given,
+                rows, rows.stride(0), state, final, call.borders, call.num_tokens, call.D,
+                BD=WIDTH, W=W, STATE=state is not None, PACKED=cut["PACKED"],
             )  # fmt: skip
     return y, final
 
@@ -111,31 +122,24 @@ def _backward(
     """Gradients of x, weight, bias and state, the last two meaningless where there was none."""
     call = _call_of(x, cu_seqlens, l2norm_heads, l2norm_channels)
     rows, dy, taps, W = _rows_of(x, call.D), _rows_of(dy, call.D), weight.contiguous(), weight.shape[1]
-    dx, da = x.new_empty(x.shape), x.new_empty(x.shape)
+    dx, (grid, cut) = x.new_empty(x.shape), call.walk()
     dstate = no_gradient(x) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
+    heads = None if state is None else x.new_empty(call.num_documents, W - 1, call.D, dtype=torch.float32)
     state = None if state is None else state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    BT = max(1, call.rows // 2)
-    blocks, groups = call.grid(TILES * BT)
-    parts = x.new_empty(blocks, W + 1, call.D, dtype=torch.float32)
-    packed = dict(PACKED=call.borders is not None)
+    parts = x.new_empty(grid[0], W + 1, call.D, dtype=torch.float32)
     with device_of(x):
         if x.numel() > 0:
-            activations_backward_kernel[(blocks, groups)](
-                dy, dy.stride(0), rows, rows.stride(0), taps, bias, state, da, parts, call.documents, call.borders,
-                call.num_rows, call.num_tokens, call.D, l2norm_channels, L2_NORM_EPS,
-                WIDTH=call.width, BD=call.block, BT=BT, W=W, WP=triton.next_power_of_2(W + 1), TILES=TILES,
-                SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None,
-                STATE=state is not None, **packed,
-            )  # fmt: skip
-            inputs_backward_kernel[(triton.cdiv(call.num_rows, TILE // WIDTH), triton.cdiv(call.D, WIDTH))](
-                da, taps, dfinal, dx, call.documents, call.borders, call.num_rows, call.num_tokens, call.D,
-                BD=WIDTH, BT=TILE // WIDTH, W=W, FINAL=dfinal is not None, **packed,
+            backward_kernel[grid](
+                dy, dy.stride(0), rows, rows.stride(0), taps, bias, state, dfinal, dx, heads, parts,
+                call.documents, call.borders, call.num_rows, call.num_tokens, call.D, l2norm_channels, L2_NORM_EPS,
+                W=W, SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None,
+                STATE=state is not None, FINAL=dfinal is not None, **cut,
             )  # fmt: skip
         if dstate.numel() > 0:
             state_backward_kernel[(call.num_documents, triton.cdiv(call.D, WIDTH))](
-                da, taps, dfinal, dstate, call.borders, call.num_tokens, call.D,
-                BD=WIDTH, W=W, FINAL=dfinal is not None, **packed,
+                heads, taps, dfinal, dstate, call.borders, call.num_tokens, call.D,
+                BD=WIDTH, W=W, FINAL=dfinal is not None, PACKED=cut["PACKED"],
             )  # fmt: skip
     sums = parts.sum(0)
     dbias = sums[W].to(weight.dtype if bias is None else bias.dtype, copy=True)
