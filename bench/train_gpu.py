@@ -59,7 +59,7 @@ PARTS = {
         "keys_backward",
         "values_backward",
     ),
-    "short convolution": ("activations_backward", "inputs_backward", "final_state", "short_conv", "forward_kernel"),
+    "short convolution": ("short_conv", "final_state_kernel", "state_backward_kernel"),
     "norms": ("rms_norm",),
     "SwiGLU": ("swiglu",),
     "decays": ("log_decay",),

@@ -99,6 +99,8 @@ def joint(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
     if any(m.bias is not None for m in maps):
         bias = torch.cat([m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in maps])
     y = F.linear(x, torch.cat([m.weight for m in maps]), bias)
+    if len(groups) == 1:
+        return [y]  # the gradient of a split is a copy, even of one into one
     return list(y.split([sum(m.out_features for m in group) for group in groups], -1))
 
 

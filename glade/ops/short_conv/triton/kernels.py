@@ -119,7 +119,7 @@ def silu(a, SILU: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def short_conv_forward_kernel(
     x, stride: tl.constexpr, weight, bias, state, y, documents, borders, num_rows, num_tokens,
     D: tl.constexpr, num_unit, eps,
     WIDTH: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
@@ -185,7 +185,7 @@ def given_back(dinputs, da, taps, since, W: tl.constexpr, CROSSES: tl.constexpr)
 
 
 @triton.jit
-def backward_kernel(
+def short_conv_backward_kernel(
     dy, dy_stride: tl.constexpr, x, stride: tl.constexpr, weight, bias, state, dfinal, dx, heads, parts,
     documents, borders, num_rows, num_tokens, D: tl.constexpr, num_unit, eps,
     WIDTH: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,

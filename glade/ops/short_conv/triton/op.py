@@ -15,9 +15,9 @@ from glade.ops.packing import document_ids
 from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
 from glade.ops.short_conv.register import final_like, no_gradient, register
 from glade.ops.short_conv.triton.kernels import (
-    backward_kernel,
     final_state_kernel,
-    forward_kernel,
+    short_conv_backward_kernel,
+    short_conv_forward_kernel,
     state_backward_kernel,
     step_kernel,
 )
@@ -93,7 +93,7 @@ def _forward(
     grid, cut = call.walk()
     with device_of(x):
         if y.numel() > 0:
-            forward_kernel[grid](
+            short_conv_forward_kernel[grid](
                 rows, rows.stride(0), weight, bias, state, y, call.documents, call.borders,
                 call.num_rows, call.num_tokens, call.D, l2norm_channels, L2_NORM_EPS,
                 W=W, SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None,
@@ -130,7 +130,7 @@ def _backward(
     parts = x.new_empty(grid[0], W + 1, call.D, dtype=torch.float32)
     with device_of(x):
         if x.numel() > 0:
-            backward_kernel[grid](
+            short_conv_backward_kernel[grid](
                 dy, dy.stride(0), rows, rows.stride(0), taps, bias, state, dfinal, dx, heads, parts,
                 call.documents, call.borders, call.num_rows, call.num_tokens, call.D, l2norm_channels, L2_NORM_EPS,
                 W=W, SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None,
