@@ -2,6 +2,10 @@
 
     until the budget is used up:  set the learning rate; take a step; log, evaluate, save what is due
 
+Nothing of a step is read back from the device until something is due, so that the device never waits for the next one.
+A loss or gradient that is not finite holds the optimiser on the device, in that step and all after it; when the steps
+are read, the run goes back to it.
+
 What is minimised is an `Objective`: pretraining, fine-tuning and preference are three of them. A step is a function of
 (weights, optimiser, seed, step): the loop reads no clock to decide what a step computes, unless the budget itself is
 minutes.
@@ -10,7 +14,7 @@ minutes.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, MappingProxyType
@@ -50,6 +54,17 @@ class Objective(Protocol):
     def batch(self, step: int) -> dict[str, Tensor]:
         """The tokens of a step, to look at."""
         ...
+
+
+class Taken(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    num_tokens: int
+    load_balance: Tensor | None
+    metrics: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,7 @@ class Trainer:
     settings: LoopSettings
     precision: Callable[[], AbstractContextManager]
     peak_lr: float
+    held: Tensor | None = field(default=None, init=False)  # 1 once something was not finite: the optimiser stays
 
     def run(self, progress: Progress, budget: Budget, due: Due) -> signal.Signals | None:
         """Train until the budget is used up, `stop_after` is reached, or a signal asks to stop (which is returned).
@@ -129,25 +145,32 @@ class Trainer:
         Raises:
             NonFiniteLoss: at the first step whose loss or gradient is not finite.
         """
-        settings = self.settings
+        s, unread = self.settings, []
         with stop_signals() as stopped:
-            while not budget.used_up(progress.step) and progress.step != settings.stop_after:
+            while not budget.used_up(progress.step) and progress.step != s.stop_after:
                 lr = self.set_learning_rate(budget, progress.step)
-                result = self.step(progress.step)
+                unread.append(self._take(progress.step))
                 progress.step += 1
-                progress.tokens += result.num_tokens
-                progress.seconds = budget.seconds()
-                share = budget.share(progress.step)
-                if progress.step % settings.log_every == 0 or share >= 1:
-                    due.log(progress, result, lr, share)
-                if budget.used_up(progress.step):
+                progress.tokens += unread[-1].num_tokens
+                share, used_up, signalled = budget.share(progress.step), budget.used_up(progress.step), stopped.by
+                logs = progress.step % s.log_every == 0 or share >= 1
+                evaluates = bool(s.eval_every) and progress.step % s.eval_every == 0
+                saves = bool(s.save_every) and progress.step % s.save_every == 0
+                ends = used_up or signalled is not None or progress.step == s.stop_after
+                if logs or evaluates or saves or ends:
+                    result = self._read(unread, progress)
+                    unread.clear()
+                    progress.seconds = budget.seconds()
+                    if logs:
+                        due.log(progress, result, lr, share)
+                if used_up:
                     return None
-                if settings.eval_every and progress.step % settings.eval_every == 0:
+                if evaluates:
                     due.evaluate(progress)
-                elif settings.save_every and progress.step % settings.save_every == 0:
+                elif saves:
                     due.save(progress)
-                if stopped.by is not None:
-                    return stopped.by
+                if signalled is not None:
+                    return signalled
         return None
 
     def set_learning_rate(self, budget: Budget, step: int) -> float:
@@ -163,15 +186,40 @@ class Trainer:
 
     def step(self, step: int) -> StepResult:
         """One optimiser step on the examples of `step`, in `accumulate` forward and backward passes."""
+        return self._read([self._take(step)], None)
+
+    def _take(self, step: int) -> Taken:
+        """The same, not read back."""
         passes = [self._backward(step, part) for part in range(self.settings.accumulate)]
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
-        result = _step_result(passes, norm)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise NonFiniteLoss(self._diagnosis(step, result))
+        taken = _taken(step, passes, norm)
+        broken = (~(taken.loss.isfinite() & norm.isfinite())).float()
+        self.held = broken if self.held is None else torch.maximum(self.held, broken)
+        # what fused optimisers are told by a gradient scaler: with 1 they leave weights and state as they are
+        self.optimizer.found_inf = self.held  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return result
+        return taken
+
+    def _read(self, unread: Sequence[Taken], progress: Progress | None) -> StepResult:
+        """The last of some steps, after a look at all of them.
+
+        Raises:
+            NonFiniteLoss: one was not finite; `progress` is where it was before that.
+        """
+        numbers = torch.stack([torch.stack([x.loss.float(), x.grad_norm.float()]) for x in unread]).tolist()
+        for i, (loss, norm) in enumerate(numbers):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.held = None
+                if progress is not None:
+                    progress.step = unread[i].step
+                    progress.tokens -= sum(x.num_tokens for x in unread[i:])
+                raise NonFiniteLoss(self._diagnosis(unread[i].step, loss, norm))
+        last, (loss, norm) = unread[-1], numbers[-1]
+        balance = None if last.load_balance is None else last.load_balance.item()
+        metrics = {name: x.item() for name, x in last.metrics.items()}
+        return StepResult(loss, norm, last.num_tokens, balance, metrics)
 
     def _backward(self, step: int, part: int) -> Pass:
         """The gradients of one pass, added to those of the step; the pass without its graph."""
@@ -184,9 +232,10 @@ class Trainer:
         objective.backward()
         return done._replace(loss=done.loss.detach(), load_balance=None if balance is None else balance.detach())
 
-    def _diagnosis(self, step: int, result: StepResult) -> str:
-        what = "loss is" if not math.isfinite(result.loss) else "gradient norm is"
-        value = result.loss if not math.isfinite(result.loss) else result.grad_norm
+    def _diagnosis(self, step: int, loss: float, norm: float) -> str:
+        what, value = ("gradient norm is", norm) if math.isfinite(loss) else ("loss is", loss)
+        for part in range(self.settings.accumulate):
+            self._backward(step, part)
         gradients = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         self.optimizer.zero_grad(set_to_none=True)
         place = self._first_non_finite(step)
@@ -214,19 +263,25 @@ def recompute(model: LanguageModel, what: str) -> Iterator[None]:
         model.recompute_layers = before
 
 
-def _step_result(passes: list[Pass], norm: Tensor) -> StepResult:
+def _taken(step: int, passes: list[Pass], norm: Tensor) -> Taken:
     balances = [p.load_balance for p in passes if p.load_balance is not None]
-    return StepResult(
+    return Taken(
+        step,
         loss=_sum([p.loss for p in passes]),
-        grad_norm=norm.item(),
+        grad_norm=norm,
         num_tokens=sum(p.num_tokens for p in passes),
         load_balance=_sum(balances) if balances else None,
         metrics={name: _sum([p.metrics[name] for p in passes]) for name in passes[0].metrics},
     )
 
 
-def _sum(values: list[Tensor]) -> float:
-    return torch.stack(values).sum().item()
+def _sum(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).sum()
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device of the model; to a GPU from pinned memory, which nothing waits for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @contextmanager

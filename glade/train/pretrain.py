@@ -16,7 +16,7 @@ from glade.errors import ConfigError
 from glade.evals.perplexity import Perplexity, heldout_batch_tokens, perplexity
 from glade.interop.load import find_device
 from glade.train.config import TrainRun
-from glade.train.loop import Pass
+from glade.train.loop import Pass, sent
 from glade.train.loss import next_token_loss
 from glade.train.optim import peak_learning_rate
 from glade.train.resume import open_run
@@ -59,8 +59,8 @@ class NextTokens:
 
     def forward(self, step: int, part: int) -> Pass:
         batch = self.batches.batch(step, rank=part, world=self.passes)
-        ids, targets = batch.ids.to(self.device), batch.targets.to(self.device)
-        cu_seqlens: Tensor | None = batch.cu_seqlens.to(self.device)
+        ids, targets = sent(batch.ids, self.device), sent(batch.targets, self.device)
+        cu_seqlens: Tensor | None = sent(batch.cu_seqlens, self.device)
         if batch.dense:  # rows where all segments are of one length
             ids, targets, cu_seqlens = *(x.view(-1, self.batches.context) for x in (ids, targets)), None
         losses, state = self.model(ids=ids, targets=targets, cu_seqlens=cu_seqlens, return_state=False)

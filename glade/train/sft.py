@@ -16,7 +16,7 @@ from glade.data.instruction import Example, load_examples
 from glade.train.align import Alignment, evaluating
 from glade.train.align_config import SftRun
 from glade.train.examples import grouped, lay_out, samples, spaced
-from glade.train.loop import Pass
+from glade.train.loop import Pass, sent
 from glade.train.loss import next_token_loss
 from glade.train.run import Results, Run, precision_context, report
 
@@ -78,7 +78,7 @@ class Answers:
 
     def forward(self, step: int, part: int) -> Pass:
         scored = sum(sum(example.scored) for example in self._batch(step))
-        ids, targets, borders = (x.to(self.device) for x in pack_examples(self._batch(step, part, self.passes)))
+        ids, targets, borders = (sent(x, self.device) for x in pack_examples(self._batch(step, part, self.passes)))
         losses, state = self.model(ids, targets=targets, cu_seqlens=borders, return_state=False)
         return Pass(next_token_loss(losses, scored), ids.numel(), state.load_balance)
 

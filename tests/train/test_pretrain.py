@@ -176,24 +176,27 @@ def test_the_clock_limits_a_run(run_config):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimiser_moves(run_config, monkeypatch):
-    config = run_config(train__max_steps=6)
+    # the steps after the fourth are taken too before any is looked at
+    config = run_config(train__max_steps=6, train__log_every=6)
     from glade.train import loop
 
-    original = loop.Trainer.step
+    take, diagnosis = loop.Trainer._take, loop.Trainer._diagnosis
 
     def poisoned(self, step):
         if step == 3:
+            self.before = {name: p.clone() for name, p in self.model.named_parameters()}
             with torch.no_grad():
-                self.before = {name: p.clone() for name, p in self.model.named_parameters()}
                 self.model.layers[1].mixer.v_proj.weight[0, 0] = float("inf")
-        try:
-            return original(self, step)
-        finally:
-            if step == 3:
-                for name, p in self.model.named_parameters():
-                    p.data.copy_(self.before[name])
+        return take(self, step)
 
-    monkeypatch.setattr(loop.Trainer, "step", poisoned)
+    def healed(self, *args):
+        told = diagnosis(self, *args)
+        for name, p in self.model.named_parameters():
+            p.data.copy_(self.before[name])
+        return told
+
+    monkeypatch.setattr(loop.Trainer, "_take", poisoned)
+    monkeypatch.setattr(loop.Trainer, "_diagnosis", healed)
     with pytest.raises(NonFiniteLoss) as error:
         train(config)
     message = str(error.value)
@@ -201,8 +204,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_moves(run_config, 
     folder = config.run
     assert (load_file(f"{folder}/checkpoints/last/model.safetensors")["embed.weight"]).isfinite().all()
     assert load_file(f"{folder}/non-finite-step-4.safetensors")["ids"].numel() == 256
-    monkeypatch.setattr(loop.Trainer, "step", original)
-    assert_same_run(train(run_config("clean", train__max_steps=6)), train(replace(config, resume=True)))
+    monkeypatch.setattr(loop.Trainer, "_take", take)
+    monkeypatch.setattr(loop.Trainer, "_diagnosis", diagnosis)
+    assert_same_run(
+        train(run_config("clean", train__max_steps=6, train__log_every=6)), train(replace(config, resume=True))
+    )
 
 
 def test_starting_from_a_checkpoint(run_config):
