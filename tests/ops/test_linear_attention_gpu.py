@@ -298,7 +298,7 @@ import torch
 from glade.ops.linear_attention import dispatch, linear_attention_step_, parity
 from glade.ops.linear_attention.parity import CORNERS, Corner, Shape, errors, failures, make_inputs
 from glade.ops.linear_attention.register import register
-from glade.ops.linear_attention.triton import op, scalar_op, step
+from glade.ops.linear_attention.triton import configs, op, scalar_op, step
 
 torch.set_num_threads(1)
 for name, kernels in {"interpreted": op, "scalar": scalar_op}.items():
@@ -317,6 +317,16 @@ for corner, backend in ((("scalar", "vector", "none"), "interpreted"), (("scalar
     packed = make_inputs(Corner(*corner), Shape(1, 41, 1, 1), cu_seqlens=cu_seqlens)
     found = errors(packed, backend, cu_seqlens)
     assert not failures(found, torch.float32), found
+# states kept at every second chunk only
+table = configs.nearest
+configs.nearest = lambda *key: table(*key)._replace(chunk=16, span=2)
+for name, T in (("gdn", 49), ("linear", 70)):
+    found = errors(make_inputs(CORNERS[name], shape._replace(T=T)), "scalar")
+    assert not failures(found, torch.float32), (name, found)
+packed = make_inputs(CORNERS["gdn"], Shape(1, 41, 1, 1), cu_seqlens=cu_seqlens)
+found = errors(packed, "scalar", cu_seqlens)
+assert not failures(found, torch.float32), found
+configs.nearest = table
 found = errors(make_inputs(CORNERS["kda"], Shape(1, 33, 1, 1), dtype=torch.float16), "interpreted")
 assert not failures(found, torch.float16), found
 

@@ -24,7 +24,7 @@ class Call:
         self.config, numbers = config_for(
             (self.gate, self.erase, self.write), v.dtype, self.T, self.KP, self.VP, v.device
         )
-        self.chunk = self.config.chunk
+        self.chunk, self.span = self.config.chunk, self.config.span
         self.dtype, self.sum_dtype, self.precision = numbers
         self.packed = cu_seqlens is not None
 

@@ -34,6 +34,7 @@ class Config(NamedTuple):
     backward: Launch
     keys: Launch
     values: Launch | None = None  # the kernels for scalar gates have no such launch
+    span: int = 1  # chunks that a program of `scalar_keys` takes together; states are kept at their borders
 
 
 class Numbers(NamedTuple):
@@ -63,7 +64,8 @@ def config_for(
     """The nearest row for a call: kinds of g, erase and write, and KP x VP channels (powers of two)."""
     numbers = LOW if dtype == torch.bfloat16 else WIDE
     config = nearest(arch_of(device), tuple(KINDS[kind] for kind in kinds), numbers is WIDE, KP, VP)
-    return config._replace(chunk=_chunk(num_tokens, config.chunk)), numbers
+    chunk = _chunk(num_tokens, config.chunk)
+    return config._replace(chunk=chunk, span=config.span if num_tokens > chunk else 1), numbers
 
 
 def is_scalar(corner: tuple[str, ...], wide: bool) -> bool:
@@ -90,8 +92,10 @@ def read_table(path: Path = TABLE) -> list[Row]:
     return [_row(**record) for record in json.loads(path.read_text())]
 
 
-def _row(arch: int, corner: list[str], wide: bool, K: int, V: int, chunk: int, **launches: list[int]) -> Row:
-    config = Config(chunk, **{name: Launch(*numbers) for name, numbers in launches.items()})
+def _row(
+    arch: int, corner: list[str], wide: bool, K: int, V: int, chunk: int, span: int = 1, **launches: list[int]
+) -> Row:
+    config = Config(chunk, span=span, **{name: Launch(*numbers) for name, numbers in launches.items()})
     return Row(arch, tuple(corner), wide, K, V, config)
 
 
@@ -101,7 +105,7 @@ def write_table(rows: list[Row], path: Path = TABLE) -> None:
     for row in sorted(rows, key=lambda row: row[:5]):
         fields = row._asdict()
         launches = {name: list(x) for name, x in fields.pop("config")._asdict().items() if isinstance(x, Launch)}
-        lines.append(json.dumps({**fields, "chunk": row.config.chunk, **launches}))
+        lines.append(json.dumps({**fields, "chunk": row.config.chunk, "span": row.config.span, **launches}))
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 

@@ -21,45 +21,49 @@ Without erase R is write v, read again. Gradients of the gates are written for e
 import triton
 import triton.language as tl
 
-from glade.ops.linear_attention.triton.tiles import NONE, SCALAR, VECTOR, chunk_tokens, load_rows, token_head
+from glade.ops.linear_attention.triton.tiles import (
+    NONE,
+    SCALAR,
+    chunk_tokens,
+    load_gate,
+    load_rows,
+    log2_decay,
+    token_head,
+)
 
 
 @triton.jit
-def load_out(do, rows, live, values, HV, V, DTYPE: tl.constexpr):
+def load_values(x, rows, live, values, HV, V):
+    """[rows, values] of a tensor laid out as v is, from its pointer at the chunk's first token and the head."""
     inside = (rows < live)[:, None] & (values < V)[None, :]
-    return tl.load(do + rows[:, None] * (HV * V) + values[None, :], mask=inside, other=0.0).to(DTYPE)
+    return tl.load(x + rows[:, None] * (HV * V) + values[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def written(
-    R, v, v_strides, write, write_strides, write_rows, tile, rows, live, values, V,
-    VP: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, DTYPE: tl.constexpr,
+def load_written(
+    R, v, v_strides, write, write_strides, rows, live, values, HV, V,
+    ERASE: tl.constexpr, WRITE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """[rows, values], what each token writes: R, and without erase write v."""
     if ERASE != NONE:
-        r = tl.load(R + rows[:, None] * VP + values[None, :])
-    elif WRITE == NONE:
-        r = load_rows(v, v_strides, rows, live, values, V).to(DTYPE)
+        r = load_values(R, rows, live, values, HV, V)
     else:
-        z = load_rows(v, v_strides, rows, live, values, V).to(tl.float32)
-        if WRITE == SCALAR:
-            z *= tl.load(write_rows + tile * C + rows)[:, None]
-        else:
-            z *= load_rows(write, write_strides, rows, live, values, V).to(tl.float32)
-        r = z.to(DTYPE)
-    return r
+        r = load_rows(v, v_strides, rows, live, values, V)
+        if WRITE != NONE:
+            r = r.to(tl.float32) * load_gate(write, write_strides, rows, live, values, V, WRITE)
+    return r.to(DTYPE)
 
 
 @triton.jit
 def scalar_keys_kernel(
-    q, k, v, write, q_strides, k_strides, v_strides, write_strides,
-    G, erase_rows, write_rows, do, R, dR, S_before, dS_after,
+    q, k, v, g, erase, write, q_strides, k_strides, v_strides, g_strides, erase_strides, write_strides,
+    do, R, dR, S_before, dS_after,
     dq, dk, d_erase, dg,
     starts, ends, num_tokens, chunks_a_row, num_token_heads, scale,
     HV, GROUP, K, V,
     KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     NUM_BLOCKS: tl.constexpr = KP // BK
     block, m, head = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
@@ -72,33 +76,32 @@ def scalar_keys_kernel(
     S_before += tile * KP * VP
     dS_after += tile * KP * VP
     if ERASE != NONE:
-        R += tile * C * VP
-        dR += tile * C * VP
-    else:
-        v = token_head(v, v_strides, row, start, head)
-        if WRITE == VECTOR:
-            write = token_head(write, write_strides, row, start, head)
+        R += first_head * V
+        dR += first_head * V
+    v = token_head(v, v_strides, row, start, head)
+    if WRITE != NONE:
+        write = token_head(write, write_strides, row, start, head)
     later, earlier = rows[:, None], rows[None, :]
 
     if GATE == SCALAR:
-        sums = tl.load(G + tile * C + rows)
-        last = tl.load(G + tile * C + C - 1)
+        logs = tl.load(token_head(g, g_strides, row, start, head) + rows * g_strides[1], mask=rows < live, other=0.0)
+        logs = log2_decay(logs, G_TYPE)
+        sums, last = tl.cumsum(logs, 0), tl.sum(logs, 0)
         to_row = tl.exp2(sums.to(tl.float32))[:, None]
     if ERASE != NONE:
-        gate = tl.load(erase_rows + tile * C + rows)
+        at = token_head(erase, erase_strides, row, start, head) + rows * erase_strides[1]
+        gate = tl.load(at, mask=rows < live, other=0.0).to(tl.float32)
 
     # Products of pairs, as later by earlier token.
     d_products = tl.zeros([C, C], tl.float32)
     d_lower = tl.zeros([C, C], tl.float32)
     for first_v in tl.static_range(0, VP, BV):
         values = first_v + tl.arange(0, BV)
-        d_out = load_out(do, rows, live, values, HV, V, DTYPE)
-        r = written(
-            R, v, v_strides, write, write_strides, write_rows, tile, rows, live, values, V, VP, C, ERASE, WRITE, DTYPE
-        )
+        d_out = load_values(do, rows, live, values, HV, V).to(DTYPE)
+        r = load_written(R, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE)
         d_products = tl.dot(d_out, tl.trans(r), d_products, input_precision=PRECISION)
         if ERASE != NONE:
-            dr = tl.load(dR + rows[:, None] * VP + values[None, :])
+            dr = load_values(dR, rows, live, values, HV, V)
             d_lower = tl.dot(dr, tl.trans(r), d_lower, input_precision=PRECISION)
     with_itself = tl.sum(tl.where(later == earlier, d_products, 0.0), 1)[:, None] * scale
     if GATE == SCALAR:
@@ -113,12 +116,12 @@ def scalar_keys_kernel(
     e_sum = tl.zeros([C, BK], tl.float32)
     for first_v in tl.static_range(0, VP, BV):
         values = first_v + tl.arange(0, BV)
-        S = tl.load(S_before + columns[:, None] * VP + values[None, :])
-        d_out = load_out(do, rows, live, values, HV, V, DTYPE)
-        q_sum = tl.dot(d_out, tl.trans(S), q_sum, input_precision=PRECISION)
+        S = tl.load(S_before + values[:, None] * KP + columns[None, :])
+        d_out = load_values(do, rows, live, values, HV, V).to(DTYPE)
+        q_sum = tl.dot(d_out, S, q_sum, input_precision=PRECISION)
         if ERASE != NONE:
-            dr = tl.load(dR + rows[:, None] * VP + values[None, :])
-            e_sum = tl.dot(dr, tl.trans(S), e_sum, input_precision=PRECISION)
+            dr = load_values(dR, rows, live, values, HV, V)
+            e_sum = tl.dot(dr, S, e_sum, input_precision=PRECISION)
     k_tile = load_rows(token_head(k, k_strides, row, start, head // GROUP), k_strides, rows, live, columns, K).to(DTYPE)
     q_tile = load_rows(token_head(q, q_strides, row, start, head // GROUP), q_strides, rows, live, columns, K).to(DTYPE)
     wide_q, wide_k = q_tile.to(tl.float32), k_tile.to(tl.float32)
@@ -142,16 +145,14 @@ def scalar_keys_kernel(
     d_products_t = tl.zeros([C, C], tl.float32)
     d_lower_t = tl.zeros([C, C], tl.float32)
     k_sum = tl.zeros([C, BK], tl.float32)
-    carried = tl.zeros([BK], tl.float32)
+    carried = tl.zeros([BV], tl.float32)
     for first_v in tl.static_range(0, VP, BV):
         values = first_v + tl.arange(0, BV)
-        d_out = load_out(do, rows, live, values, HV, V, DTYPE)
-        r = written(
-            R, v, v_strides, write, write_strides, write_rows, tile, rows, live, values, V, VP, C, ERASE, WRITE, DTYPE
-        )
+        d_out = load_values(do, rows, live, values, HV, V).to(DTYPE)
+        r = load_written(R, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE)
         d_products_t = tl.dot(r, tl.trans(d_out), d_products_t, input_precision=PRECISION)
         if ERASE != NONE:
-            dr = tl.load(dR + rows[:, None] * VP + values[None, :])
+            dr = load_values(dR, rows, live, values, HV, V)
             d_lower_t = tl.dot(r, tl.trans(dr), d_lower_t, input_precision=PRECISION)
     if GATE == SCALAR:
         apart = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
@@ -162,12 +163,10 @@ def scalar_keys_kernel(
         dt = tl.where(later < earlier, -d_lower_t * gate[None, :], 0.0).to(DTYPE)
     for first_v in tl.static_range(0, VP, BV):
         values = first_v + tl.arange(0, BV)
-        state_at = columns[:, None] * VP + values[None, :]
+        state_at = values[:, None] * KP + columns[None, :]
         dS = tl.load(dS_after + state_at)
-        r = written(
-            R, v, v_strides, write, write_strides, write_rows, tile, rows, live, values, V, VP, C, ERASE, WRITE, DTYPE
-        )
-        k_sum = tl.dot(r, tl.trans(dS), k_sum, input_precision=PRECISION)
+        r = load_written(R, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE)
+        k_sum = tl.dot(r, dS, k_sum, input_precision=PRECISION)
         if GATE == SCALAR:
             carried += tl.sum(tl.load(S_before + state_at).to(tl.float32) * dS.to(tl.float32), 1)
     if GATE == SCALAR:

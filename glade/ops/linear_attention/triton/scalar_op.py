@@ -20,14 +20,15 @@ from glade.ops.linear_attention.triton.scalar_prepare import scalar_prepare_kern
 from glade.ops.linear_attention.triton.scalar_states import scalar_backward_states_kernel, scalar_forward_states_kernel
 
 
-def _between_kernels(call: Call, v: Tensor, num_chunks: int, keep: bool) -> list[Tensor]:
-    """Empty: G, erase, write, A of every chunk, R, S (before each chunk); of no elements what the gates do not need,
-    and R and S, which only a backward reads, unless it is to follow."""
+def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
+    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks; of no elements what the gates do
+    not need, and R and S, which only a backward reads, unless it is to follow."""
     M, HV, C, KP, VP = num_chunks, call.HV, call.chunk, call.KP, call.VP
     erased = call.erase > 0
     rows = [(M, HV, C if given else 0) for given in (call.gate > 0, erased, call.write == 1)]
     dtypes = [call.sum_dtype, torch.float32, torch.float32]
-    tiles = [(M, HV, C, C if erased else 0), (M, HV, C, VP if erased and keep else 0), (M, HV, KP, VP if keep else 0)]
+    written = v.shape if erased and keep else (0,)
+    tiles = [(M, HV, C, C if erased else 0), written, (num_spans, HV, VP, KP if keep else 0)]
     shapes, dtypes = rows + tiles, dtypes + [call.dtype] * len(tiles)
     return [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
@@ -37,11 +38,12 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
     chunks = chunks_of(v, cu_seqlens, call.chunk)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = v.new_empty(chunks.sequences, call.HV, call.K, call.V, dtype=torch.float32)
-    kept = _between_kernels(call, v, chunks.count, keep)
+    spans = _spans(call, v, cu_seqlens, chunks)
+    kept = _between_kernels(call, v, chunks.count, spans.count, keep)
     initial = None if state is None else state.contiguous()
     with device_of(v):
         _prepare(call, chunks, k, g, erase, write, kept)
-        _forward_states(call, chunks, q, k, v, write, scale, initial, o, final, kept, keep)
+        _forward_states(call, chunks, spans, q, k, v, write, scale, initial, o, final, kept, keep)
     return [o, final, *kept] if keep else [o, final]
 
 
@@ -60,16 +62,18 @@ def _prepare(call: Call, chunks: Chunks, k, g, erase, write, kept: list[Tensor])
     )  # fmt: skip
 
 
-def _forward_states(call: Call, chunks: Chunks, q, k, v, write, scale, initial, o, final, kept, keep: bool) -> None:
+def _forward_states(
+    call: Call, chunks: Chunks, spans: Chunks, q, k, v, write, scale, initial, o, final, kept, keep: bool
+) -> None:
     if final.numel() == 0:
         return
     launch = call.config.forward
     BV = call.value_block(launch, chunks)
     scalar_forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
-        *kept[:4], o, initial, final, *kept[4:], *call.along(chunks), scale,
+        *kept[:4], o, initial, final, *kept[4:], *call.along(chunks), spans.firsts, spans.a_row, scale,
         *constants(call.HV, call.group, call.K, call.V),
-        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
+        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
         INITIAL=initial is not None, KEEP=keep, PACKED=call.packed, **call.types,
         STAGES=launch.stages, num_warps=launch.warps,
@@ -79,17 +83,20 @@ def _forward_states(call: Call, chunks: Chunks, q, k, v, write, scale, initial, 
 def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> list[Tensor]:
     call = Call(q, v, g, erase, write, cu_seqlens)
     chunks = chunks_of(v, cu_seqlens, call.chunk)
+    spans = _spans(call, v, cu_seqlens, chunks)
     do, d_final = do.contiguous(), d_final.contiguous()
     dR, dS = torch.empty_like(kept[4]), torch.empty_like(kept[5])
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     with device_of(v):
-        d_write = _backward_states(call, chunks, do, q, k, v, write, scale, d_final, d_state, dv, dR, dS, kept)
-        dq, dk, dg, d_erase = _backward_keys(call, chunks, do, q, k, v, g, erase, write, scale, dR, dS, kept)
+        d_write = _backward_states(call, chunks, spans, do, q, k, v, write, scale, d_final, d_state, dv, dR, dS, kept)
+        dq, dk, dg, d_erase = _backward_keys(call, spans, do, q, k, v, g, erase, write, scale, dR, dS, kept)
     return [x for x in (dq, dk, dv, dg, d_erase, d_write, d_state) if x is not None]
 
 
-def _backward_states(call: Call, chunks: Chunks, do, q, k, v, write, scale, d_final, d_state, dv, dR, dS, kept):
+def _backward_states(
+    call: Call, chunks: Chunks, spans: Chunks, do, q, k, v, write, scale, d_final, d_state, dv, dR, dS, kept
+):
     launch = call.config.backward
     BV = call.value_block(launch, chunks)
     blocks = call.VP // BV
@@ -97,9 +104,10 @@ def _backward_states(call: Call, chunks: Chunks, do, q, k, v, write, scale, d_fi
     if d_final.numel() > 0:
         scalar_backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
             do, q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
-            *kept[:4], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks), call.num_token_heads, scale,
+            *kept[:4], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks),
+            spans.firsts, spans.a_row, call.num_token_heads, scale,
             *constants(call.HV, call.group, call.K, call.V),
-            KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
+            KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
             GATE=call.gate, ERASE=call.erase, WRITE=call.write,
             INITIAL=d_state is not None, PACKED=call.packed, **call.types,
             STAGES=launch.stages, num_warps=launch.warps,
@@ -107,27 +115,34 @@ def _backward_states(call: Call, chunks: Chunks, do, q, k, v, write, scale, d_fi
     return sum_of_parts(d_write, write)
 
 
-def _backward_keys(call: Call, chunks: Chunks, do, q, k, v, g, erase, write, scale, dR, dS, kept: list[Tensor]):
+def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scale, dR, dS, kept: list[Tensor]):
     launch = call.config.keys
     BK = min(call.KP, launch.block)
     blocks = call.KP // BK
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
     dg, d_erase = call.gradient_in_parts(g, blocks), call.gradient_in_parts(erase, blocks)
-    if chunks.count > 0:
-        G, erase_rows, write_rows, _, R, S = kept
-        scalar_keys_kernel[(blocks * chunks.count, call.HV)](
-            q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
-            G, erase_rows, write_rows, do, R, dR, S, dS, dq, dk, d_erase, dg,
-            *call.where(chunks), call.num_token_heads, scale,
+    if spans.count > 0:
+        R, S = kept[4:]
+        scalar_keys_kernel[(blocks * spans.count, call.HV)](
+            q, k, v, g, erase, write, *(strides_of(x) for x in (q, k, v, g, erase, write)),
+            do, R, dR, S, dS, dq, dk, d_erase, dg,
+            *call.where(spans), call.num_token_heads, scale,
             *constants(call.HV, call.group, call.K, call.V),
-            KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v), C=call.chunk,
-            GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
+            KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v), C=call.chunk * call.span,
+            GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed,
+            G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
             num_warps=launch.warps,
         )  # fmt: skip
     dq, dk = call.over_group(dq, q), call.over_group(dk, k)
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)
 
 
+def _spans(call: Call, v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks) -> Chunks:
+    """The spans of chunks that the backward takes together."""
+    return chunks if call.span == 1 else chunks_of(v, cu_seqlens, call.chunk * call.span)
+
+
 def kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:
     call = Call(q, v, g, erase, write, cu_seqlens)
-    return _between_kernels(call, v, max_chunks(v.shape[0], v.shape[1], cu_seqlens, call.chunk), keep=True)
+    chunks, spans = (max_chunks(*v.shape[:2], cu_seqlens, n) for n in (call.chunk, call.chunk * call.span))
+    return _between_kernels(call, v, chunks, spans, keep=True)

@@ -13,6 +13,11 @@ the state after it, D_rc = exp(G_r - G_c) for r >= c and zero otherwise:
 
 Without erase A is the identity, and neither R nor dR^ is kept. A gradient of a scalar `write` is written for each block
 of value channels.
+
+All is held as value channels by tokens or by key channels, the transpose of what stands above: S, z, R and their
+gradients are then the left sides of their products, which `wgmma` takes from registers, and k, q and A the right ones,
+as they lie in memory. R, dR^ and do do not depend on chunks; of S and dS only those at the borders of spans of chunks
+are kept, for `scalar_keys`.
 """
 
 # Triton is not installed where there is no GPU
@@ -26,6 +31,7 @@ from glade.ops.linear_attention.triton.tiles import (
     SCALAR,
     VECTOR,
     chunk_tokens,
+    load_columns,
     load_rows,
     pair_decay,
     sequence_chunks,
@@ -47,9 +53,9 @@ def scalar_forward_states_kernel(
     q, k, v, write, q_strides, k_strides, v_strides, write_strides,
     G, erase_rows, write_rows, A,
     o, initial, final, R, S_before,
-    starts, ends, firsts, num_tokens, chunks_a_row, scale,
+    starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row, scale,
     HV, GROUP, K, V,
-    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr,
     INITIAL: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -59,19 +65,19 @@ def scalar_forward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
+    first_span, _ = sequence_chunks(n, spans_a_row, spans, PACKED)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
-    in_state = (dims < K)[:, None] & (columns < V)[None, :]
-    not_after = rows[:, None] >= rows[None, :]
+    in_state = (columns < V)[:, None] & (dims < K)[None, :]
+    not_before = rows[None, :] >= rows[:, None]
     square = rows[:, None] * C + rows[None, :]
-    values = rows[:, None] * VP + columns[None, :]
-    states = dims[:, None] * VP + columns[None, :]
-    token_values = rows[:, None] * (HV * V) + columns[None, :]
-    state_at = dims[:, None] * V + columns[None, :]
+    states = columns[:, None] * KP + dims[None, :]
+    token_values = columns[:, None] + rows[None, :] * (HV * V)
+    state_at = columns[:, None] + dims[None, :] * V
     of_sequence = sequence_head.to(tl.int64) * K * V
     if INITIAL:
         S = tl.load(initial + of_sequence + state_at, mask=in_state, other=0.0)
     else:
-        S = tl.zeros([KP, BV], tl.float32)
+        S = tl.zeros([BV, KP], tl.float32)
     for m in tl.range(first, end_chunk, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
         row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
@@ -80,45 +86,47 @@ def scalar_forward_states_kernel(
         k_head = token_head(k, k_strides, row, start, head // GROUP)
         q_tile = load_rows(q_head, q_strides, rows, live, dims, K).to(DTYPE)
         k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
-        # made first, and rounded at once: later it would stand in registers beside all the other sums
-        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        # Made first, and rounded at once: later it would stand in registers beside all the other sums. Its rows are
+        # the earlier tokens.
+        products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         if GATE == SCALAR:
             sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
-            products *= pair_decay(sums, C)
-        products = tl.where(not_after, products, 0.0).to(DTYPE)
+            products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
+        products = tl.where(not_before, products, 0.0).to(DTYPE)
 
-        z = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V).to(tl.float32)
+        z = tl.trans(load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V))
+        z = z.to(tl.float32)
         if WRITE == SCALAR:
-            z *= tl.load(write_rows + tile * C + rows)[:, None]
+            z *= tl.load(write_rows + tile * C + rows)[None, :]
         elif WRITE == VECTOR:
             gate = token_head(write, write_strides, row, start, head)
-            z *= load_rows(gate, write_strides, rows, live, columns, V).to(tl.float32)
-        # Stores and products stand where what they hold of shared memory is free for the next: two programs share a
-        # processor with 113 KB each.
+            z *= tl.trans(load_rows(gate, write_strides, rows, live, columns, V)).to(tl.float32)
         S_low = S.to(DTYPE)
-        out = tl.dot(q_tile, S_low, input_precision=PRECISION)
+        out = tl.dot(S_low, tl.trans(q_tile), input_precision=PRECISION)
         if ERASE != NONE:
             erased = tl.load(erase_rows + tile * C + rows)
             if GATE == SCALAR:
                 erased *= to_row
-            z -= erased[:, None] * tl.dot(k_tile, S_low, input_precision=PRECISION)
-            z = tl.dot(tl.load(A + tile * C * C + square), z.to(DTYPE), input_precision=PRECISION)
+            z -= erased[None, :] * tl.dot(S_low, tl.trans(k_tile), input_precision=PRECISION)
+            inverse = tl.load(A + tile * C * C + square)
+            z = tl.dot(z.to(DTYPE), tl.trans(inverse), input_precision=PRECISION)
         if KEEP:
-            tl.store(S_before + tile * KP * VP + states, S_low)
+            span = (first_span + (m - first) // SPAN).to(tl.int64) * HV + head
+            tl.store(S_before + span * KP * VP + states, S_low, mask=(m - first) % SPAN == 0)
         r = z.to(DTYPE)
         if GATE == SCALAR:
-            out *= to_row[:, None]
-        out = tl.dot(products, r, out, input_precision=PRECISION) * scale
-        first_value = ((row.to(tl.int64) * num_tokens + start) * HV + head) * V
-        inside = (rows < live)[:, None] & (columns < V)[None, :]
-        tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
+            out *= to_row[None, :]
+        out = tl.dot(r, products, out, input_precision=PRECISION) * scale
         at_end = r
         if GATE == SCALAR:
-            at_end = (z * to_end[:, None]).to(DTYPE)
+            at_end = (z * to_end[None, :]).to(DTYPE)
             S *= decay
-        S = tl.dot(tl.trans(k_tile), at_end, S, input_precision=PRECISION)
+        S = tl.dot(at_end, k_tile, S, input_precision=PRECISION)
+        first_value = ((row.to(tl.int64) * num_tokens + start) * HV + head) * V
+        inside = (columns < V)[:, None] & (rows < live)[None, :]
+        tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
         if KEEP and ERASE != NONE:
-            tl.store(R + tile * C * VP + values, r)
+            tl.store(R + first_value + token_values, r, mask=inside)
     tl.store(final + of_sequence + state_at, S, mask=in_state)
 
 
@@ -127,9 +135,9 @@ def scalar_backward_states_kernel(
     do, q, k, v, write, q_strides, k_strides, v_strides, write_strides,
     G, erase_rows, write_rows, A,
     d_final, d_initial, dv, d_write, dR, dS_after,
-    starts, ends, firsts, num_tokens, chunks_a_row, num_token_heads, scale,
+    starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row, num_token_heads, scale,
     HV, GROUP, K, V,
-    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -138,14 +146,14 @@ def scalar_backward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
+    first_span, _ = sequence_chunks(n, spans_a_row, spans, PACKED)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
-    in_state = (dims < K)[:, None] & (columns < V)[None, :]
-    not_before = rows[None, :] >= rows[:, None]
-    transposed = rows[None, :] * C + rows[:, None]
-    values = rows[:, None] * VP + columns[None, :]
-    states = dims[:, None] * VP + columns[None, :]
-    token_values = rows[:, None] * (HV * V) + columns[None, :]
-    state_at = dims[:, None] * V + columns[None, :]
+    in_state = (columns < V)[:, None] & (dims < K)[None, :]
+    not_after = rows[:, None] >= rows[None, :]
+    square = rows[:, None] * C + rows[None, :]
+    states = columns[:, None] * KP + dims[None, :]
+    token_values = columns[:, None] + rows[None, :] * (HV * V)
+    state_at = columns[:, None] + dims[None, :] * V
     of_sequence = sequence_head.to(tl.int64) * K * V
     dS = tl.load(d_final + of_sequence + state_at, mask=in_state, other=0.0)
     for step in tl.range(0, end_chunk - first, num_stages=STAGES):
@@ -157,36 +165,40 @@ def scalar_backward_states_kernel(
         q_tile = load_rows(q_head, q_strides, rows, live, dims, K).to(DTYPE)
         k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
         first_head = (row.to(tl.int64) * num_tokens + start) * HV + head
-        inside = (rows < live)[:, None] & (columns < V)[None, :]
-        d_out = tl.load(do + first_head * V + token_values, mask=inside, other=0.0).to(DTYPE)
+        inside = (columns < V)[:, None] & (rows < live)[None, :]
+        at_out = do + first_head * V + columns[None, :] + rows[:, None] * (HV * V)
+        d_out = tl.load(at_out, mask=(rows < live)[:, None] & (columns < V)[None, :], other=0.0).to(DTYPE)
         if GATE == SCALAR:
             sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
 
-        # the earlier token is the row here, the later one the column
-        products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+        # the later token is the row here, the earlier one the column
+        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         if GATE == SCALAR:
-            products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
-        products = tl.where(not_before, products, 0.0).to(DTYPE)
+            products *= pair_decay(sums, C)
+        products = tl.where(not_after, products, 0.0).to(DTYPE)
         dS_low = dS.to(DTYPE)
-        z = tl.dot(k_tile, dS_low, input_precision=PRECISION)
+        z = tl.dot(dS_low, tl.trans(k_tile), input_precision=PRECISION)
         if GATE == SCALAR:
-            z *= to_end[:, None]
-        z = tl.dot(products, d_out, z, input_precision=PRECISION)
-        tl.store(dS_after + tile * KP * VP + states, dS_low)
+            z *= to_end[None, :]
+        d_out = tl.trans(d_out)
+        z = tl.dot(d_out, products, z, input_precision=PRECISION)
+        span = (first_span + (m - first) // SPAN).to(tl.int64) * HV + head
+        ends_span = ((m - first) % SPAN == SPAN - 1) | (m == end_chunk - 1)
+        tl.store(dS_after + span * KP * VP + states, dS_low, mask=ends_span)
         if ERASE != NONE:
-            z = tl.dot(tl.load(A + tile * C * C + transposed), z.to(DTYPE), input_precision=PRECISION)
-            tl.store(dR + tile * C * VP + values, z.to(DTYPE))
+            z = tl.dot(z.to(DTYPE), tl.load(A + tile * C * C + square), input_precision=PRECISION)
+            tl.store(dR + first_head * V + token_values, z.to(DTYPE), mask=inside)
 
         d_out = d_out.to(tl.float32) * scale
         if GATE == SCALAR:
-            d_out *= to_row[:, None]
+            d_out *= to_row[None, :]
             dS *= decay
-        dS = tl.dot(tl.trans(q_tile), d_out.to(DTYPE), dS, input_precision=PRECISION)
+        dS = tl.dot(d_out.to(DTYPE), q_tile, dS, input_precision=PRECISION)
         if ERASE != NONE:
             erased = tl.load(erase_rows + tile * C + rows)
             if GATE == SCALAR:
                 erased *= to_row
-            dS = tl.dot(tl.trans(k_tile), (z * -erased[:, None]).to(DTYPE), dS, input_precision=PRECISION)
+            dS = tl.dot((z * -erased[None, :]).to(DTYPE), k_tile, dS, input_precision=PRECISION)
 
         if WRITE == NONE:
             tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
@@ -194,15 +206,15 @@ def scalar_backward_states_kernel(
         # has no room for it if two programs are to share a processor.
         elif live > 0:
             v_head = token_head(v, v_strides, row, start, head)
-            d_gate = z * load_rows(v_head, v_strides, rows, live, columns, V).to(tl.float32)
+            d_gate = z * load_columns(v_head, v_strides, rows, live, columns, V).to(tl.float32)
             if WRITE == SCALAR:
                 at = d_write + block.to(tl.int64) * num_token_heads + first_head + rows * HV
-                tl.store(at, tl.sum(d_gate, 1), mask=rows < live)
-                z *= tl.load(write_rows + tile * C + rows)[:, None]
+                tl.store(at, tl.sum(d_gate, 0), mask=rows < live)
+                z *= tl.load(write_rows + tile * C + rows)[None, :]
             else:
                 tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)
                 gate = token_head(write, write_strides, row, start, head)
-                z *= load_rows(gate, write_strides, rows, live, columns, V).to(tl.float32)
+                z *= load_columns(gate, write_strides, rows, live, columns, V).to(tl.float32)
             tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
     if INITIAL:
         tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)

@@ -43,11 +43,12 @@ class Job(NamedTuple):
     checked: tuple[int, int, int]  # B, T, H of the shape that is compared with fp64
     timed: tuple[int, int, int]
     chunk: int
+    span: int
     launches: dict[str, list[int]]
 
     @property
     def config(self) -> Config:
-        return Config(self.chunk, **{name: Launch(*numbers) for name, numbers in self.launches.items()})
+        return Config(self.chunk, span=self.span, **{name: Launch(*x) for name, x in self.launches.items()})
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -60,7 +61,7 @@ class Job(NamedTuple):
 
 def job_of(corner: tuple[str, ...], dtype: str, K: int, V: int, checked, timed, config: Config) -> Job:
     launches = {name: list(x) for name, x in config._asdict().items() if isinstance(x, Launch)}
-    return Job(corner, dtype, K, V, checked, timed, config.chunk, launches)
+    return Job(corner, dtype, K, V, checked, timed, config.chunk, config.span, launches)
 
 
 def gates_of(job: Job) -> tuple[str, ...]:
