@@ -120,7 +120,10 @@ def first_map(module: nn.Module) -> nn.Linear:
 
 def second_map(module: nn.Module, z: Tensor) -> Tensor:
     """What a `projection` does to the answer `z` of its first map."""
-    return module[1](z) if isinstance(module, nn.Sequential) else z
+    if not isinstance(module, nn.Sequential):
+        return z
+    # z is a slice of a wider tensor: only as rows does its product take the bias along
+    return module[1](z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
 
 def matmul_flops(module: nn.Module) -> int:
