@@ -109,7 +109,8 @@ def measure(args: argparse.Namespace, size: str, dtype: str, batch: int, threads
     if decoder is not None:
         contenders["llama.cpp"] = decoder.step
     copy = Copy()
-    times = turns(contenders, copy, args.seconds)
+    with step.held():
+        times = turns(contenders, copy, args.seconds)
     if decoder is not None:
         decoder.close()
     moved, bandwidth = weight_bytes(model) + 2 * state.nbytes, quantile(copy.rates, 0.75)

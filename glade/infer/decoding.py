@@ -3,6 +3,7 @@
 import math
 import secrets
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from glade.errors import CheckpointError
 from glade.infer.config import SamplingParams
@@ -62,6 +63,10 @@ class Decoding:
             raise CheckpointError("the model's logits are not finite; the weights are damaged or overflow")
         self.unread = {token.row: token.id for token in tokens}
         return tokens
+
+    def held(self) -> AbstractContextManager[None]:
+        """Inside, the model's weights stay where they are (`glade.infer.step.Step.held`)."""
+        return self._slots.held()
 
     def drop(self, rows: Sequence[int]) -> None:
         """Take finished rows out of the batch."""

@@ -48,20 +48,24 @@ def stream(
 
 
 def decode_text(decoding: Decoding, tokenizer: Tokenizer) -> Iterator[Event]:
-    """The events of a `Decoding` until every row has finished; it is left with the state and the unread tokens."""
+    """The events of a `Decoding` until every row has finished; it is left with the state and the unread tokens.
+
+    The model's weights must stay where they are meanwhile.
+    """
     rows = {row: AnswerText(tokenizer, decoding.params.stop) for row in decoding.rows}
     drawn = 0
-    while rows:
-        drawn += 1
-        at_length = "length" if drawn == decoding.params.max_new_tokens else None
-        for token in decoding.step():
-            ended = "eos" if token.id == tokenizer.eos_id else at_length
-            text, _, finished = rows[token.row].push(token.id, ended=ended)
-            if finished:
-                del rows[token.row]
-            yield Event(token.row, token.id, text, token.logprob, token.top, finished)
-        if rows:
-            decoding.drop([row for row in decoding.rows if row not in rows])
+    with decoding.held():
+        while rows:
+            drawn += 1
+            at_length = "length" if drawn == decoding.params.max_new_tokens else None
+            for token in decoding.step():
+                ended = "eos" if token.id == tokenizer.eos_id else at_length
+                text, _, finished = rows[token.row].push(token.id, ended=ended)
+                if finished:
+                    del rows[token.row]
+                yield Event(token.row, token.id, text, token.logprob, token.top, finished)
+            if rows:
+                decoding.drop([row for row in decoding.rows if row not in rows])
 
 
 def generate(
@@ -126,14 +130,15 @@ def generate_ids(
         raise DataError(f"stop texts {params.stop} need a tokenizer; use stream or generate")
     decoding = Decoding(model, prompts, params)
     drawn: list[list[int]] = [[] for _ in prompts]
-    for _ in range(params.max_new_tokens):
-        tokens = decoding.step()
-        for token in tokens:
-            drawn[token.row].append(token.id)
-        ended = [token.row for token in tokens if token.id == eos_id]
-        if len(ended) == len(tokens):
-            break
-        decoding.drop(ended)
+    with decoding.held():
+        for _ in range(params.max_new_tokens):
+            tokens = decoding.step()
+            for token in tokens:
+                drawn[token.row].append(token.id)
+            ended = [token.row for token in tokens if token.id == eos_id]
+            if len(ended) == len(tokens):
+                break
+            decoding.drop(ended)
     return drawn
 
 

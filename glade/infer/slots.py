@@ -6,7 +6,7 @@ It knows nothing of text, queues or stopping: `decoding` and `engine` decide who
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -140,6 +140,10 @@ class Slots:
         """A copy of what these rows have read: all their tokens but the last one drawn."""
         longest = max((self._read[slot] for slot in slots), default=0)
         return trim(self.state.select(list(slots)), longest, self.growing)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Inside, the model's weights stay where they are (`glade.infer.step.Step.held`)."""
+        return self._decode.held()
 
     @torch.no_grad()
     def step(self) -> list[Token]:

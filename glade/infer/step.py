@@ -1,5 +1,7 @@
 """The decode step: one token for each row of a batch, by the fastest path there is for the model. Draws nothing."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,6 +35,12 @@ class Step(Protocol):
     @property
     def captured(self) -> "Program | None":
         """The GPU's program, for whoever records it as a graph; None on another path."""
+        ...
+
+    def held(self) -> AbstractContextManager[None]:
+        """Inside, the caller promises that the model's weights stay where they are (their values may change), and the
+        native program looks for them once, not before every token. It keeps their memory until the end, so that weights
+        moved all the same are read as they were."""
         ...
 
     def __call__(self, ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
@@ -76,6 +84,7 @@ class _DecodeStep:
         self._model = model
         self._program: native.Program | Program | None = None
         self._reason = ""
+        self._kept: list[Tensor] | None = None
         self._choose()
 
     @property
@@ -93,6 +102,16 @@ class _DecodeStep:
         self._choose()
         return None if self._program is None or isinstance(self._program, native.Program) else self._program
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._choose()
+        if isinstance(self._program, native.Program):
+            self._kept = self._program.hold()
+        try:
+            yield
+        finally:
+            self._kept = None
+
     def __call__(self, ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
         self._choose()
         if self._program is None:
@@ -104,8 +123,10 @@ class _DecodeStep:
 
     def _choose(self) -> None:
         """Lowers the model anew where its weights are no longer what the program was made of."""
-        if self._program is not None and self._program.is_current() and not self._drops():
+        where_it_was = self._program is not None and (self._kept is not None or self._program.is_current())
+        if where_it_was and not self._drops():
             return
+        self._kept = None
         self._program, self._reason = None, ""
         if type(self._model).step_ is not LanguageModel.step_:
             self._reason = f"{type(self._model).__name__} has a decode step of its own"

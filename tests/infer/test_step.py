@@ -230,6 +230,25 @@ def test_follows_the_weights():
     assert step.path == "native"
 
 
+def test_held_weights_are_read_where_they_were():
+    model, ids = make("gdn2"), torch.tensor([1, 2])
+    step = decode_step(model)
+
+    def logits():
+        return step(ids, model.init_state(2))
+
+    with step.held():
+        before = logits()
+        with torch.no_grad():
+            model.embed.weight.mul_(2)
+        in_place = logits()
+        for p in model.parameters():
+            p.data = torch.zeros_like(p)
+        assert torch.equal(logits(), in_place)
+    assert not torch.equal(in_place, before)
+    assert not logits().any()
+
+
 def test_what_cannot_be_lowered_says_why_and_still_decodes():
     cases = {
         "MoE": make(ffn="moe", num_experts=4),

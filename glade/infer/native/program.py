@@ -45,6 +45,8 @@ class _Bound(NamedTuple):
 
     layers: tuple[Any, ...]
     position: Tensor
+    position_address: int
+    rows: int
     table: Any
     lengths: Any
 
@@ -71,7 +73,7 @@ class Program:
         self._weights = weights
         self._children = children
         self._constants = constants  # kept because their addresses are in the instructions
-        self._workspace = torch.empty(0)
+        self._workspace, self._workspace_rows = torch.empty(0), 0
         self._bound: _Bound | None = None
         _use_huge_pages(weights)
         self._num_layers = num_layers
@@ -95,6 +97,10 @@ class Program:
                 return False
         return all(tuple(modules.values()) == children for modules, children in self._children)
 
+    def hold(self) -> list[Tensor]:
+        """What keeps the memory of the weights from being freed, whatever becomes of the model's own tensors."""
+        return [memory(owner[name]).detach() for owner, name, *_ in self._weights]
+
     def run(self, ids: Tensor, state: State, slots: Tensor | None) -> Tensor:
         """One token a row: `state` moves on in place. Logits [B, vocab_size] in fp32.
 
@@ -103,16 +109,17 @@ class Program:
         """
         self._grow(state)
         bound = self._bind(state)
-        if len(self._workspace) < len(ids) * self._run.row_floats:
-            self._workspace = torch.empty(len(ids) * self._run.row_floats)
-        ids = ids.to(torch.int64).contiguous()
-        slots = None if slots is None else slots.to(torch.int64).contiguous()
-        logits = torch.empty(len(ids), self._run.vocab_size)
-        run = self._run
-        run.num_rows, run.num_threads, run.num_state_rows = len(ids), torch.get_num_threads(), len(state)
-        run.workspace, run.states = self._workspace.data_ptr(), addressof(bound.table)
+        # every call of torch's costs microseconds here, since the weights have just swept the caches
+        run, rows = self._run, ids.shape[0]
+        if self._workspace_rows < rows:
+            self._workspace, self._workspace_rows = torch.empty(rows * run.row_floats), rows
+            run.workspace = self._workspace.data_ptr()
+        ids = _whole_numbers(ids)
+        slots = None if slots is None else _whole_numbers(slots)
+        logits = torch.empty(rows, run.vocab_size)
+        run.num_rows, run.num_threads, run.num_state_rows = rows, torch.get_num_threads(), bound.rows
         run.ids, run.slots = ids.data_ptr(), None if slots is None else slots.data_ptr()
-        run.positions, run.logits = bound.position.data_ptr(), logits.data_ptr()
+        run.states, run.positions, run.logits = addressof(bound.table), bound.position_address, logits.data_ptr()
         run.lengths, run.num_lengths = addressof(bound.lengths), len(bound.lengths)
         assert native.LIBRARY is not None
         status = native.LIBRARY.call("glade_decode", bytes(run))
@@ -152,7 +159,7 @@ class Program:
             if count.dtype != torch.int64 or not torch.equal(count, state.position):
                 raise ValueError("the layers of this state have seen other numbers of tokens than state.position says")
         lengths = (c_int64 * len(counts))(*(count.data_ptr() for count in counts))
-        self._bound = _Bound(state.layers, state.position, table, lengths)
+        self._bound = _Bound(state.layers, state.position, state.position.data_ptr(), len(state), table, lengths)
         return self._bound
 
     def _refuse(self, status: Status, ids: Tensor, slots: Tensor | None, state: State) -> None:
@@ -176,6 +183,10 @@ class Program:
 def memory(weight: Tensor) -> Tensor:
     """The tensor that holds a weight's numbers."""
     return weight.values if isinstance(weight, Int8Weight) else weight
+
+
+def _whole_numbers(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
 
 
 def _use_huge_pages(weights: list[Weight]) -> None:
