@@ -120,15 +120,18 @@ static void project(float *y, float *inner, const Run *run, const Projected *p, 
     }
     long pitch = m->columns * size_of(m->dtype);
     for (long i = 0; i < n; i += LANES) {
-        const char *weights = m->data + (first + i) * pitch;
+        const char *weights = m->data + (first + i) * pitch, *ahead = weights + LANES * pitch;
         vec sums;
         if (i + LANES <= n) {
-            if (m->dtype == FLOAT32) sums = tile_sums(weights, &x, m->columns, FLOAT32, LANES, 1);
-            else if (m->dtype == BFLOAT16) sums = tile_sums(weights, &x, m->columns, BFLOAT16, LANES, 1);
-            else sums = tile_sums(weights, &x, m->columns, INT8, LANES, 1);
+            if (m->dtype == FLOAT32) sums = tile_sums(weights, ahead, &x, m->columns, FLOAT32, LANES, 1);
+            else if (m->dtype == BFLOAT16) sums = tile_sums(weights, ahead, &x, m->columns, BFLOAT16, LANES, 1);
+            else sums = tile_sums(weights, ahead, &x, m->columns, INT8, LANES, 1);
         } else {
             float part[LANES] = {0};
-            for (long r = 0; r < n - i; r++) part[r] = tile_sums(weights + r * pitch, &x, m->columns, m->dtype, 1, 1)[0];
+            for (long r = 0; r < n - i; r++) {
+                const char *row = weights + r * pitch;
+                part[r] = tile_sums(row, row + pitch, &x, m->columns, m->dtype, 1, 1)[0];
+            }
             sums = load(part);
         }
         Vector scales = {(const char *)m->scales, FLOAT32};
@@ -234,6 +237,14 @@ static void value_head(Head *x, const Run *run, const LinearHeads *op, long row,
     step.state = (float *)state->data + state_row(run, row) * state->row + head * op->key_dim * op->value_dim;
     NAME(step)(&step, 0, x->step);
     output(x, run, op, row, head);
+}
+
+const char *NAME(linear_heads_state)(const Run *run, const LinearHeads *op, long task) {
+    const StateTensor *state = &run->states[op->recurrent];
+    long row = task / op->num_heads, key_head = task % op->num_heads, group = op->num_value_heads / op->num_heads;
+    if (row >= run->num_rows) return NULL;
+    long at = state_row(run, row) * state->row + key_head * group * op->key_dim * op->value_dim;
+    return state->data + at * sizeof(float);
 }
 
 void NAME(linear_heads)(const Run *run, const LinearHeads *op, long task, float *memory) {

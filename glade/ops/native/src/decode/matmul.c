@@ -80,11 +80,12 @@ static void prepare_input(const Run *run, const Instruction *instruction, Worker
     }
 }
 
-typedef vec (*TileSums)(const char *weights, const float *const *x, long columns);
+typedef vec (*TileSums)(const char *weights, const char *ahead, const float *const *x, long columns);
 
 #define TILE(dtype, rows, batch)                                                                                   \
-    static __attribute__((noinline)) vec sums_##dtype##_##rows##_##batch(const char *w, const float *const *x, long n) { \
-        return tile_sums(w, x, n, dtype, rows == 1 ? 1 : LANES / batch, batch);                                    \
+    static __attribute__((noinline)) vec sums_##dtype##_##rows##_##batch(const char *w, const char *ahead,         \
+                                                                         const float *const *x, long n) {          \
+        return tile_sums(w, ahead, x, n, dtype, rows == 1 ? 1 : LANES / batch, batch);                             \
     }
 /* `all` rows of a tile, or one */
 #define TILES(dtype, batch) TILE(dtype, all, batch) TILE(dtype, 1, batch)
@@ -110,13 +111,42 @@ typedef struct {
     int part, rows, batch, paired; /* of the tile */
     long first, row;       /* its first rows of the matrix and of the batch */
     int filled;            /* of the tile's rows of the batch: the others repeat the first */
+    long end;              /* of the task's rows of the matrix */
+    const char *next[2];   /* what is read after them, from part 0 and, for SWIGLU, from part 1 */
 } Tile;
+
+static const char *row_of_matrix(const Matrix *m, long row) { return m->data + row * m->columns * size_of(m->dtype); }
+
+/* Where the task begins to read that this thread is likely to take next: the threads take turns, so it is as many on as
+ * there are of them. NULL if that is not known. */
+static const char *next_read(const Run *run, const Instruction *i, long task, int part) {
+    task += run->num_threads;
+    long tasks = NAME(matmul_tasks)(&i->matmul);
+    if (task >= tasks) {
+        if (++i == run->instructions + run->num_instructions) return NULL;
+        task -= tasks;
+    }
+    if (i->op == LINEAR_HEADS) return NAME(linear_heads_state)(run, &i->linear, task);
+    if (i->op != MATMUL) return NULL;
+    tasks = NAME(matmul_tasks)(&i->matmul);
+    Block block = block_of(&i->matmul, task < tasks ? task : tasks - 1);
+    if (i->matmul.activation == SWIGLU) block.part = part;
+    return row_of_matrix(&i->matmul.parts[block.part].matrix, block.first);
+}
+
+/* what to ask for while a tile of part `part` is read */
+static const char *ahead_of(const Tile *t, int part) {
+    const Matrix *m = &t->op->parts[part].matrix;
+    long row = t->first + ROWS_AHEAD;
+    const char *next = t->next[part == t->part ? 0 : 1];
+    return row < t->end || !next ? row_of_matrix(m, row) : next + (row - t->end) * m->columns * size_of(m->dtype);
+}
 
 /* W x + b */
 static vec product(const Tile *t, int part, const float *const *x) {
     const Matrix *m = &t->op->parts[part].matrix;
     TileSums sums_of_tile = tiles[t->paired ? PAIRS : m->dtype][t->batch / 2][t->rows == 1];
-    vec sums = sums_of_tile(m->data + t->first * m->columns * size_of(m->dtype), x, m->columns);
+    vec sums = sums_of_tile(row_of_matrix(m, t->first), ahead_of(t, part), x, m->columns);
     float scale[LANES], bias[LANES] = {0};
     if (m->dtype == INT8) {
         for (int i = 0; i < LANES; i++) scale[i] = i < t->rows * t->batch ? m->scales[t->first + i / t->batch] : 0.0f;
@@ -184,7 +214,8 @@ void NAME(matmul)(const Run *run, const Instruction *instruction, long task, Wor
     prepare_input(run, instruction, worker);
     int batch = run->num_rows < 3 ? (int)run->num_rows : MOST_BATCH, rows = LANES / batch;
     Tile t = {.run = run, .op = op, .part = block.part, .rows = rows, .batch = batch, .first = block.first,
-              .paired = is_paired(run, op)};
+              .paired = is_paired(run, op), .end = block.end,
+              .next = {next_read(run, instruction, task, 0), next_read(run, instruction, task, 1)}};
     for (; t.first + rows <= block.end; t.first += rows) tiles_of_batch(&t, worker);
     for (t.rows = 1; t.first < block.end; t.first++) tiles_of_batch(&t, worker);
 }

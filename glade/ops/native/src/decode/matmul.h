@@ -18,19 +18,26 @@
 #define FUSED(x, y, z) ((x) * (y) + (z))
 #endif
 
-/* rows read abreast: with more, those of a pitch that is a power of two push each other out of the nearest cache */
-#ifndef ROWS_ABREAST
-#define ROWS_ABREAST 8
-#endif
+/* Rows read abreast. With one row of x few: memory is quickest where it is read in one go, and rows of a pitch that is a
+ * power of two push each other out of the nearest cache. With several more: what is loaded of x serves as many. */
+INLINE int rows_abreast(long dtype, int rows, int batch) {
+    const int most = batch > 1 ? 8 : dtype == BFLOAT16 ? 1 : 2;
+    return rows < most ? rows : most;
+}
 
-/* sums [rows, batch] += W x, of `rows` rows from `weights` on */
-INLINE void add_products(vec *sums, const char *weights, const float *const *x, long columns, long dtype, int rows,
-                         int batch) {
+/* asks for some lines of 64 bytes; what is behind them */
+INLINE const char *ask_for(const char *ahead, int lines) {
+    UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + i * 64, 0, 2);
+    return ahead + lines * 64;
+}
+
+/* sums [rows, batch] += W x, of `rows` rows from `weights` on; as much memory from `ahead` on is asked for */
+INLINE void add_products(vec *sums, const char *weights, const char *ahead, const float *const *x, long columns,
+                         long dtype, int rows, int batch) {
     const long size = size_of(dtype), line = 64 / size, pitch = columns * size;
-    const char *ahead = weights + ROWS_AHEAD * pitch;
     long at = 0;
     for (; at + line <= columns; at += line) {
-        UNROLL for (int r = 0; r < rows; r++) __builtin_prefetch(ahead + r * pitch + at * size, 0, 2);
+        ahead = ask_for(ahead, rows);
         UNROLL for (int part = 0; part < line / LANES; part++) {
             long here = at + part * LANES;
             UNROLL for (int r = 0; r < rows; r++) {
@@ -73,12 +80,12 @@ INLINE void add_line(vec *sums, const char *line, long pitch, const float *const
     }
 }
 
-INLINE void add_pairs(vec *sums, const char *weights, const float *const *x, long columns, int rows, int batch) {
+INLINE void add_pairs(vec *sums, const char *weights, const char *ahead, const float *const *x, long columns, int rows,
+                      int batch) {
     const long pitch = columns * 2;
-    const char *ahead = weights + ROWS_AHEAD * pitch;
     long at = 0;
     for (; at + PAIRED <= columns; at += PAIRED) {
-        UNROLL for (int r = 0; r < rows; r++) __builtin_prefetch(ahead + r * pitch + at * 2, 0, 2);
+        ahead = ask_for(ahead, rows);
         add_line(sums, weights + at * 2, pitch, x, at, rows, batch);
     }
     if (at == columns) return;
@@ -89,8 +96,9 @@ INLINE void add_pairs(vec *sums, const char *weights, const float *const *x, lon
 }
 #else
 enum { HAS_PAIRS = 0 };
-INLINE void add_pairs(vec *sums, const char *weights, const float *const *x, long columns, int rows, int batch) {
-    (void)sums, (void)weights, (void)x, (void)columns, (void)rows, (void)batch;
+INLINE void add_pairs(vec *sums, const char *weights, const char *ahead, const float *const *x, long columns, int rows,
+                      int batch) {
+    (void)sums, (void)weights, (void)ahead, (void)x, (void)columns, (void)rows, (void)batch;
 }
 #endif
 
@@ -98,15 +106,17 @@ INLINE void add_pairs(vec *sums, const char *weights, const float *const *x, lon
  * the nearest cache. */
 enum { MOST_BATCH = LANES / 2 < 4 ? LANES / 2 : 4 };
 
-/* lane r * batch + b: row r of W times row b of x */
-INLINE vec tile_sums(const char *weights, const float *const *x, long columns, long dtype, int rows, int batch) {
+/* lane r * batch + b: row r of W times row b of x. `ahead`: what will be read soon */
+INLINE vec tile_sums(const char *weights, const char *ahead, const float *const *x, long columns, long dtype, int rows,
+                     int batch) {
     vec sums[LANES];
     UNROLL for (int i = 0; i < LANES; i++) sums[i] = splat(0.0f);
-    const int abreast = rows < ROWS_ABREAST ? rows : ROWS_ABREAST;
+    const int abreast = rows_abreast(dtype, rows, batch);
     UNROLL for (int r = 0; r < rows; r += abreast) {
-        const char *first = weights + r * columns * size_of(dtype);
-        if (dtype == PAIRS) add_pairs(sums + r * batch, first, x, columns, abreast, batch);
-        else add_products(sums + r * batch, first, x, columns, dtype, abreast, batch);
+        const long skipped = r * columns * size_of(dtype);
+        const char *first = weights + skipped, *soon = ahead + skipped;
+        if (dtype == PAIRS) add_pairs(sums + r * batch, first, soon, x, columns, abreast, batch);
+        else add_products(sums + r * batch, first, soon, x, columns, dtype, abreast, batch);
     }
     vec total = sums_of(sums);
     if (dtype != PAIRS && columns % LANES) total += last_products(weights, x, columns, dtype, rows, batch);
