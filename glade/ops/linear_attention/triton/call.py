@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS, Launch, config_for
+from glade.ops.linear_attention.triton.configs import Launch, config_for
 from glade.ops.linear_attention.triton.launch import Chunks, check_key_dim, kind_of
 
 TRITON_TYPE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
@@ -44,10 +44,10 @@ class Call:
     def levels(self) -> int:
         return self.chunk.bit_length() - 1
 
-    def value_block(self, launch: Launch, chunks: Chunks) -> int:
-        """How many value channels a program of a pass over states takes: fewer, while processors have no two."""
+    def value_block(self, launch: Launch, chunks: Chunks, enough: int) -> int:
+        """How many value channels a program of a pass over states takes: fewer, while there are not enough programs."""
         block = min(self.VP, launch.block)
-        while block > 16 and chunks.sequences * self.HV * (self.VP // block) < 2 * MULTIPROCESSORS:
+        while block > 16 and chunks.sequences * self.HV * (self.VP // block) < enough:
             block //= 2
         return block
 

@@ -14,10 +14,14 @@ from torch import Tensor
 
 from glade.ops.linear_attention.chunk_layout import max_chunks
 from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts
+from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
 from glade.ops.linear_attention.triton.launch import Chunks, chunks_of, constants, device_of, strides_of
 from glade.ops.linear_attention.triton.scalar_keys import scalar_keys_kernel
 from glade.ops.linear_attention.triton.scalar_prepare import scalar_prepare_kernel
 from glade.ops.linear_attention.triton.scalar_states import scalar_backward_states_kernel, scalar_forward_states_kernel
+
+# `wgmma` takes 64 rows: programs of fewer value channels only where half of the processors would have none
+FEW_PROGRAMS = MULTIPROCESSORS // 2
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
@@ -68,7 +72,7 @@ def _forward_states(
     if final.numel() == 0:
         return
     launch = call.config.forward
-    BV = call.value_block(launch, chunks)
+    BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     scalar_forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
         *kept[:4], o, initial, final, *kept[4:], *call.along(chunks), spans.firsts, spans.a_row, scale,
@@ -98,7 +102,7 @@ def _backward_states(
     call: Call, chunks: Chunks, spans: Chunks, do, q, k, v, write, scale, d_final, d_state, dv, dR, dS, kept
 ):
     launch = call.config.backward
-    BV = call.value_block(launch, chunks)
+    BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     blocks = call.VP // BV
     d_write = call.gradient_in_parts(write, blocks)
     if d_final.numel() > 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glade.ops.linear_attention.chunk_layout import max_chunks
 from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts
+from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
 from glade.ops.linear_attention.triton.keys_backward import keys_backward_kernel
 from glade.ops.linear_attention.triton.launch import Chunks, chunks_of, constants, device_of, strides_of
 from glade.ops.linear_attention.triton.prepare import prepare_kernel
@@ -66,7 +67,7 @@ def _forward_states(call: Call, chunks: Chunks, v, write, initial, o, final, kep
         return
     _, Qg, Eg, Kt, decay, P, A, R, S = kept
     launch = call.config.forward
-    BV = call.value_block(launch, chunks)
+    BV = call.value_block(launch, chunks, 2 * MULTIPROCESSORS)
     forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         v, write, *(strides_of(x) for x in (v, write)),
         Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks),
@@ -98,7 +99,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
 
 def _backward_states(call: Call, chunks: Chunks, do, initial, d_final, d_state, dR, dS, kept: list[Tensor]) -> Tensor:
     launch = call.config.backward
-    BV = call.value_block(launch, chunks)
+    BV = call.value_block(launch, chunks, 2 * MULTIPROCESSORS)
     blocks = call.VP // BV
     carried = d_final.new_empty(chunks.count, call.HV, blocks, call.KP if call.gate else 0)
     if d_final.numel() == 0:
