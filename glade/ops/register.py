@@ -6,7 +6,6 @@ meta, a subclass), meet the custom op.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ def differentiable(
     backward: Callable[..., Any],
     save: Callable[..., None],
     gradients: Callable[..., Any],
+    returned: int | None = None,
 ) -> Callable[..., Any]:
     """Gives the custom op a gradient and returns the call of it, whose first argument is a tensor.
 
@@ -29,15 +29,20 @@ def differentiable(
         forward, backward: what these two run
         save:      (ctx, inputs, output): keeps what the backward needs
         gradients: (backward, ctx, *grads) -> a gradient for every input, by a call of the backward it is given
+        returned:  for an op whose output is a list, how many of it the caller is after; the others are for `save`
     """
-    op.register_autograd(partial(gradients, d_op), setup_context=save)
+
+    def of_op(ctx, *grads):
+        return gradients(d_op, ctx, *(grads if returned is None else grads[0]))
+
+    op.register_autograd(of_op, setup_context=save)
 
     class Plain(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             output = forward(*inputs)
             save(ctx, inputs, output)
-            return output
+            return output if returned is None else tuple(output[:returned])
 
         @staticmethod
         @once_differentiable

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from glade.errors import BackendError
@@ -331,13 +331,19 @@ def test_compiles_packed_documents(backend):
         (o.sum() + state.sum()).backward()
 
 
+# With one key channel k is 1 or -1 and erase takes all of a state away in some tokens: its gradient is then what is left
+# of large terms that cancel, and no measure for them.
 @settings(max_examples=40, deadline=None)
+@example(
+    corner=ALL_CORNERS[-1], gate="mild", lengths=[5, 0, 1], heads=(1, 3), dims=(1, 1), given_state=True, seed=1,
+    backend=BACKENDS[0],
+)  # fmt: skip
 @given(
     corner=st.sampled_from(ALL_CORNERS),
     gate=st.sampled_from(GATES),
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     heads=st.sampled_from([(1, 1), (1, 3), (2, 2), (2, 4)]),
-    dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    dims=st.tuples(st.integers(2, 9), st.integers(1, 9)),
     given_state=st.booleans(),
     seed=st.integers(0, 2**16),
     backend=st.sampled_from(BACKENDS),

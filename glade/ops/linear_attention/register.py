@@ -15,9 +15,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from glade.ops.linear_attention.contract import final_like
+from glade.ops.register import differentiable
 
 Run = Callable[..., tuple[Tensor, Tensor]]
 
@@ -97,21 +97,26 @@ def register(
     def _(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept):
         return [_like(x) for x in (q, k, v, g, erase, write, state) if x is not None]
 
-    op.register_autograd(lambda ctx, grads: _gradients(op, d_op, ctx, grads), setup_context=_save)
+    def save(ctx, inputs, output):
+        *tensors, ctx.scale, state, cu_seqlens, _ = inputs
+        # else autograd fills zeros as large as everything that was kept, for gradients that nobody reads
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, state, cu_seqlens, *output[2:])
 
-    class Eager(torch.autograd.Function):
-        """The same without the dispatcher, whose share of a small call is a tenth."""
+    def gradients(backward, ctx, do, d_final, *_):
+        q, k, v, g, erase, write, state, cu_seqlens, *kept = ctx.saved_tensors
+        if not kept:
+            again = op if backward is d_op else forward_op
+            _, _, *kept = again(q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, True)
+        if do is None:
+            do = torch.zeros_like(v)
+        found = iter(backward(do, d_final, q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, kept))
+        dq, dk, dv, dg, d_erase, d_write, d_state = (
+            None if x is None else next(found) for x in (q, k, v, g, erase, write, state)
+        )
+        return dq, dk, dv, dg, d_erase, d_write, None, d_state, None, None
 
-        @staticmethod
-        def forward(ctx, *inputs):
-            output = forward_op(*inputs)
-            _save(ctx, inputs, output)
-            return output[0], output[1]
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, *grads):
-            return _gradients(forward_op, backward_op, ctx, grads)
+    call = differentiable(op, d_op, forward_op, backward_op, save, gradients, returned=2)
 
     def run(q, k, v, g, erase, write, scale, state, cu_seqlens):
         keep = (
@@ -119,9 +124,7 @@ def register(
             and torch.is_grad_enabled()
             and any(x is not None and x.requires_grad for x in (q, k, v, g, erase, write, state))
         )
-        # whatever looks into a call, a compiler or a tensor of another kind, knows the custom op
-        eager = type(v) is Tensor and not v.is_meta and not torch.compiler.is_compiling()
-        o, final, *_ = (Eager.apply if eager else op)(q, k, v, g, erase, write, scale, state, cu_seqlens, keep)
+        o, final, *_ = call(q, k, v, g, erase, write, scale, state, cu_seqlens, keep)
         return o, final
 
     return run
@@ -129,25 +132,3 @@ def register(
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, scale, state, cu_seqlens, _ = inputs
-    ctx.scale = scale
-    # else autograd fills zeros as large as everything that was kept, for gradients that nobody reads
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, state, cu_seqlens, *output[2:])
-
-
-def _gradients(forward, backward, ctx, grads) -> tuple[Tensor | None, ...]:
-    q, k, v, g, erase, write, state, cu_seqlens, *kept = ctx.saved_tensors
-    if not kept:
-        _, _, *kept = forward(q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, True)
-    do, d_final = grads[0], grads[1]
-    if do is None:
-        do = torch.zeros_like(v)
-    gradients = iter(backward(do, d_final, q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, kept))
-    dq, dk, dv, dg, d_erase, d_write, d_state = (
-        None if x is None else next(gradients) for x in (q, k, v, g, erase, write, state)
-    )
-    return dq, dk, dv, dg, d_erase, d_write, None, d_state, None, None
