@@ -331,8 +331,8 @@ def test_compiles_packed_documents(backend):
         (o.sum() + state.sum()).backward()
 
 
-# With one key channel k is 1 or -1 and erase takes all of a state away in some tokens: its gradient is then what is left
-# of large terms that cancel, and no measure for them.
+# With one key channel k is 1 or -1, and erase takes all of a state away in some tokens: the gradient of the state is
+# then what is left of large terms that cancel, and no measure for them.
 @settings(max_examples=40, deadline=None)
 @example(
     corner=ALL_CORNERS[-1], gate="mild", lengths=[5, 0, 1], heads=(1, 3), dims=(1, 1), given_state=True, seed=1,
