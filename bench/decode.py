@@ -18,10 +18,12 @@ Random weights, no checkpoint; logits with a standard deviation of 4. Percentile
 
 import argparse
 import csv
+import json
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -152,8 +154,11 @@ def step_alone(args: argparse.Namespace, model: LanguageModel, mixer: str) -> No
         report(args, model, mixer, "step", times, batch, state.nbytes, sampling="greedy")
 
 
-def stepper(model: LanguageModel, batch: int) -> tuple[Callable[[], object], State]:
-    """Something that reads a token a row and puts the most likely next ones in its place."""
+def stepper(model: LanguageModel, batch: int, *, overlap: bool = True) -> tuple[Callable[[], object], State]:
+    """Something that reads a token a row and puts the most likely next ones in its place.
+
+    overlap: whether a kernel of a recorded step may begin while the one before it ends, where the device can
+    """
     step, state = decode_step(model), model.init_state(batch)
     device = model.embed.weight.device
     ids = torch.arange(batch, device=device)
@@ -163,6 +168,8 @@ def stepper(model: LanguageModel, batch: int) -> tuple[Callable[[], object], Sta
     slots = torch.arange(batch, device=device)
     graphs, tensors = Graphs(device), [slots, torch.ones_like(slots)]
     program.bind(state)
+    if not overlap:
+        program.overlap = {"OVERLAP": False}
 
     def advance(tensors: Sequence[Tensor]) -> Tensor:
         return ids.copy_(program.enqueue(ids, state, tensors[0], tensors[1]).argmax(-1))
@@ -180,8 +187,10 @@ def seconds(device: str, work: Callable[[], object]) -> float:
 
 
 def profile(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
+    """Kernel by kernel and size of grid. None begins before the one in front of it has ended, so that times add up: they
+    are more than an overlapped step takes."""
     for batch in args.batches:
-        run, _ = stepper(model, batch)
+        run, _ = stepper(model, batch, overlap=False)
         for _ in range(4):
             run()
         torch.cuda.synchronize()
@@ -189,11 +198,18 @@ def profile(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
             for _ in range(10):
                 run()
             torch.cuda.synchronize()
-        rows = sorted(trace.key_averages(), key=lambda row: -row.device_time_total)
-        for row in rows[:14]:
-            each, count = row.device_time_total / row.count, row.count / 10
+        with tempfile.TemporaryDirectory() as folder:
+            trace.export_chrome_trace(f"{folder}/trace.json")
+            events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+        times: dict[tuple[str, str], list[float]] = {}
+        for event in events:
+            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+                grid = "x".join(map(str, event["args"].get("grid", [])))
+                times.setdefault((event["name"][:60], grid), []).append(event["dur"])
+        for (name, grid), each in sorted(times.items(), key=lambda item: -sum(item[1]))[:20]:
+            whole, count = sum(each) / 10, len(each) / 10
             print(
-                f"{mixer} batch {batch} {each * count:8.1f} us a step = {count:5.1f} x {each:6.2f} us  {row.key[:60]}"
+                f"{mixer} batch {batch} {whole:8.1f} us a step = {count:5.1f} x {whole / count:6.2f} us  {name} {grid}"
             )
 
 

@@ -232,6 +232,8 @@ class Slots:
         )
         tensors = [slots, live, seeds, *rules[0][:5]]
         tops = [min(params.logprobs, self.vocab_size) for params in self.params if params is not None]
+        # the few kernels sum a log-probability in their own order: padded, its bits would tell what rules others have
+        drawing = None if program is None or self.padded else program.drawing(rules[0], max(tops))
         return _Batch(
             slots=None if everybody else slots,
             taken=taken,
@@ -241,7 +243,7 @@ class Slots:
             rules=list(zip(parts, rules, strict=True)),
             tops=tops,
             program=program,
-            draw=None if program is None else program.drawing(rules[0], max(tops)),
+            draw=drawing,
             live=live,
             tensors=tensors,
         )

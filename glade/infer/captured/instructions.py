@@ -18,7 +18,12 @@ from glade.model.mixer import Mixer
 from glade.model.state import State
 
 _MOST_TILE_ROWS = 64
+# from here on torch's product, whose tiles and parts of K are chosen by shape
+_LIBRARY_ROWS = 16
+_FINISHED = 256  # columns of a program behind it
 _LARGEST_STATE_TILE = 128 * 128
+# more programs than processors: few enough registers of a thread that two programs of 256 share one
+_CROWDED, _HEADS_REGISTERS = 132, 128
 
 
 class Run(NamedTuple):
@@ -54,6 +59,13 @@ class Norm(NamedTuple):
     bias: Tensor | None
     eps: float
 
+    def launch(self, run: Run, source: int, out: Tensor, out_stride: int, width: int) -> None:
+        """The norm of `width` numbers at `source`, to `out`."""
+        rows.norm_kernel[(len(run.ids),)](
+            run.at(source), run.stride, self.weight, self.bias, self.eps, out, out_stride, width,
+            BD=triton.next_power_of_2(width), NORM=self.kind, AFFINE=self.weight is not None, **run.overlap,
+        )  # fmt: skip
+
 
 NO_NORM = Norm(0, None, None, 0.0)
 
@@ -82,12 +94,7 @@ class Normalize(NamedTuple):
     width: int
 
     def launch(self, run: Run) -> None:
-        norm = self.norm
-        rows.norm_kernel[(len(run.ids),)](
-            run.at(self.source), run.stride, norm.weight, norm.bias, norm.eps, run.at(self.output), run.stride,
-            self.width, BD=triton.next_power_of_2(self.width), NORM=norm.kind, AFFINE=norm.weight is not None,
-            **run.overlap,
-        )  # fmt: skip
+        self.norm.launch(run, self.source, run.at(self.output), run.stride, self.width)
 
 
 class Convolution(NamedTuple):
@@ -115,23 +122,58 @@ class Product(NamedTuple):
 
     def launch(self, run: Run) -> None:
         num_rows, K = len(run.ids), self.matrix.columns
+        if num_rows >= _LIBRARY_ROWS and self._suits_library():
+            self._launch_library(run)
+            return
         out = run.logits if self.output is None else run.at(self.output)
-        taps = past = None
-        past_stride = channels = 0
-        W, silu = 1, False
-        if self.convolution is not None:
-            taps, layer, silu = self.convolution
-            past = run.pasts[layer]
-            assert past is not None
-            channels, W, past_stride = taps.shape[0], taps.shape[1], past.stride(0)
+        past, constants = self._past(run)
         kernel, grid, settings = self._tiles(num_rows, K)
         kernel[grid](
             run.at(self.source), run.stride, self.matrix.values, self.matrix.scales, self.matrix.bias,
-            self.norm.weight, self.norm.eps, taps, past, past_stride, run.slots, out,
+            self.norm.weight, self.norm.eps, *past, run.slots, out,
             run.logits.stride(0) if self.output is None else run.stride,
-            num_rows, self.width, channels, self.boundary, self.shift,
-            K=K, BEFORE=self.before, ACT=self.activation, TARGET=self.target, INT8=self.matrix.scales is not None,
-            BIAS=self.matrix.bias is not None, CONV=taps is not None, W=W, SILU=silu, **settings, **run.overlap,
+            num_rows, self.width, self.boundary, self.shift,
+            K=K, BEFORE=self.before, INT8=self.matrix.scales is not None, **constants, **settings, **run.overlap,
+        )  # fmt: skip
+
+    def _past(self, run: Run) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What `product.finish` is told of the convolution, and its constants."""
+        constants = dict(ACT=self.activation, TARGET=self.target, BIAS=self.matrix.bias is not None)
+        if self.convolution is None:
+            return (None, None, 0, 0), constants | dict(CONV=False, W=1, SILU=False)
+        taps, layer, silu = self.convolution
+        past = run.pasts[layer]
+        assert past is not None
+        channels, W = taps.shape
+        return (taps, past, past.stride(0), channels), constants | dict(CONV=True, W=W, SILU=silu)
+
+    def _suits_library(self) -> bool:
+        """Whether torch's product does it: not of int8, nor where logits would be rounded to the weights' dtype."""
+        plain = self.before != product.SILU_OF.value and self.boundary >= self.width
+        return plain and self.matrix.scales is None and self.output is not None
+
+    def _launch_library(self, run: Run) -> None:
+        """As torch's product, with kernels for what stands before and after it, if anything does."""
+        assert self.output is not None
+        K, num_rows = self.matrix.columns, len(run.ids)
+        x = run.workspace[:, self.source : self.source + K]
+        if self.before != product.AS_IT_IS.value:
+            x = torch.empty(num_rows, K, dtype=x.dtype, device=x.device)
+            self.norm.launch(run, self.source, x, K, K)
+        twice = self.activation == product.SWIGLU.value
+        weight = self.matrix.values[: 2 * self.width if twice else self.width].t()
+        out = run.workspace[:, self.output : self.output + self.width]
+        if self.matrix.bias is None and self.activation == product.NONE.value and self.convolution is None:
+            if self.target == product.ADD.value:
+                out.addmm_(x, weight)
+            else:
+                torch.mm(x, weight, out=out)
+            return
+        y = torch.mm(x, weight)
+        past, constants = self._past(run)
+        product.finish_kernel[(triton.cdiv(self.width, _FINISHED), num_rows)](
+            y, y.stride(0), self.matrix.bias, *past, run.slots, out, run.stride, self.width,
+            BN=_FINISHED, **constants, **run.overlap, num_warps=2,
         )  # fmt: skip
 
     def _tiles(self, num_rows: int, K: int) -> tuple[Any, tuple[int, ...], dict[str, int]]:
@@ -145,9 +187,10 @@ class Product(NamedTuple):
         wide = 1 if self.matrix.values.dtype == torch.float32 else 0
         M = min(max(triton.next_power_of_2(num_rows), 16), _MOST_TILE_ROWS >> wide)
         BN = 16 if self.width <= 2048 else 32 if self.width <= 16384 else 64
-        BK = min(max(triton.next_power_of_2(K), 16), 128)
+        # the product of two tiles takes at least 16
+        BK = max(min(triton.next_power_of_2(K), 128 >> wide), 16)
         grid = (triton.cdiv(self.width, BN), triton.cdiv(num_rows, M))
-        return product.tile_kernel, grid, dict(M=M, BN=BN, BK=BK >> wide, STAGES=3, num_warps=4)
+        return product.tile_kernel, grid, dict(M=M, BN=BN, BK=BK, STAGES=3, num_warps=4)
 
 
 class LinearHeads(NamedTuple):
@@ -178,6 +221,7 @@ class LinearHeads(NamedTuple):
         layer = run.state.layers[self.layer]
         KP, VP = triton.next_power_of_2(K), triton.next_power_of_2(V)
         BV = min(VP, max(_LARGEST_STATE_TILE // KP, 1))
+        registers = _HEADS_REGISTERS if len(run.ids) * HV > _CROWDED else None
         heads.heads_kernel[(len(run.ids) * HV,)](
             run.workspace, run.stride, self.q, self.k, self.v, self.decay, self.erase, self.write, self.output_gate,
             run.at(self.output), run.stride, run.slots, run.state.position, run.live, layer.length,
@@ -185,7 +229,7 @@ class LinearHeads(NamedTuple):
             self.decay_constant, self.kaczmarz_eps, self.log_theta,
             HV, HV // H, HV // self.decay_heads,
             K=K, V=V, KP=KP, BV=BV, NUM_V=triton.cdiv(V, BV), NORM=self.norm.kind, AFFINE=self.norm.weight is not None,
-            **self.settings, **run.overlap, num_warps=8,
+            **self.settings, **run.overlap, num_warps=8, maxnreg=registers,
         )  # fmt: skip
 
 

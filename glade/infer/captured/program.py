@@ -44,7 +44,7 @@ class Program:
         self._weights, self._convolved = weights, convolved
         self._children = [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
         self._dtype, self._device = weights.dtype, model.embed.weight.device
-        self._overlap = overlapping(self._device)
+        self.overlap = overlapping(self._device)
         self._like = model.init_state(0)
         self._binding: Binding | None = None
 
@@ -109,7 +109,7 @@ class Program:
         logits = torch.empty(B, vocab, dtype=torch.float32, device=self._device)
         if not B:
             return logits
-        run = Run(ids, slots, live, state, bound.pasts, workspace, logits, self._overlap)
+        run = Run(ids, slots, live, state, bound.pasts, workspace, logits, self.overlap)
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             for instruction in self._instructions:
                 instruction.launch(run)

@@ -3,8 +3,9 @@
     y = act(norm(x) W^T + b)    or    y += act(norm(x) W^T + b)
 
 Two kernels. One row is bound by reading W: `vector_kernel` multiplies in fp32 as W comes from memory. Several rows go
-through tensor cores: `tile_kernel`. An RMS norm needs no pass of its own: x meets its
-weight on the way in, and the answer is divided by the root mean square, summed in the same pass.
+through tensor cores: `tile_kernel`. An RMS norm needs no pass of its own there: x meets its weight on the way in, and
+the answer is divided by the root mean square, summed in the same pass. Many rows go through torch's product, with a
+norm before it and `finish_kernel` behind it.
 
 W is [N, K] in x's dtype, or int8 with a scale a row. All else is fp32.
 """
@@ -116,8 +117,8 @@ def finish(
 
 @triton.jit
 def vector_kernel(
-    x, x_stride, w, scales, bias, norm_weight, eps, taps, past, past_stride, slots, out, out_stride,
-    num_rows, N, channels, boundary, shift,
+    x, x_stride, w, scales, bias, norm_weight, eps, taps, past, past_stride, channels, slots, out,
+    out_stride, num_rows, N, boundary, shift,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
     TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr,
     SILU: tl.constexpr, OVERLAP: tl.constexpr,
@@ -164,8 +165,8 @@ def vector_kernel(
 
 @triton.jit
 def tile_kernel(
-    x, x_stride, w, scales, bias, norm_weight, eps, taps, past, past_stride, slots, out, out_stride,
-    num_rows, N, channels, boundary, shift,
+    x, x_stride, w, scales, bias, norm_weight, eps, taps, past, past_stride, channels, slots, out,
+    out_stride, num_rows, N, boundary, shift,
     K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
     TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr,
     SILU: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
@@ -195,3 +196,21 @@ def tile_kernel(
     gates = normalized(gates, squares[:, None], eps, K, BEFORE)
     finish(sums, gates, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns,
            row_live, N, channels, ACT, TARGET, INT8, BIAS, CONV, W, SILU)  # fmt: skip
+
+
+@triton.jit
+def finish_kernel(
+    product, product_stride, bias, taps, past, past_stride, channels, slots, out, out_stride, N,
+    BN: tl.constexpr, ACT: tl.constexpr, TARGET: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr,
+    W: tl.constexpr, SILU: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BN columns of one row: what stands behind the product x W^T, which is given."""
+    rows, columns = tl.program_id(1) + tl.arange(0, 1), tl.program_id(0) * BN + tl.arange(0, BN)
+    wait(OVERLAP)
+    at = product + rows[:, None].to(tl.int64) * product_stride + columns[None, :]
+    gate = tl.load(at, mask=(columns < N)[None, :], other=0.0).to(tl.float32)
+    y = gate
+    if ACT == SWIGLU:
+        y = tl.load(at + N, mask=(columns < N)[None, :], other=0.0).to(tl.float32)
+    finish(y, gate, None, bias, taps, past, past_stride, slots, out, out_stride, rows, columns, rows >= 0, N, channels,
+           ACT, TARGET, False, BIAS, CONV, W, SILU)  # fmt: skip
