@@ -187,8 +187,8 @@ def seconds(device: str, work: Callable[[], object]) -> float:
 
 
 def profile(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
-    """Kernel by kernel and size of grid. None begins before the one in front of it has ended, so that times add up: they
-    are more than an overlapped step takes."""
+    """Kernel by kernel and size of grid. None begins before the one in front of it has ended, so that times add up:
+    they are more than an overlapped step takes."""
     for batch in args.batches:
         run, _ = stepper(model, batch, overlap=False)
         for _ in range(4):

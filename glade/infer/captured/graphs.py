@@ -24,9 +24,11 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device, most: int = 64) -> None:
-        self._device, self._most = device, most
+        self._most = most
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # one for all recordings: torch's products keep a workspace for each stream they have been on
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         """Kinds that have been recorded (on the CPU: would have been)."""
@@ -50,7 +52,7 @@ class Graphs:
         self._kinds.move_to_end(kind)
         known.take(tensors)
         if not known.recorded:
-            known.record(function, self._device, self._pool)
+            known.record(function, self._stream, self._pool)
         return known.answer(function)
 
 
@@ -69,16 +71,15 @@ class _Kind:
                 there.copy_(here, non_blocking=True)
             self._latest = tensors
 
-    def record(self, function: Function, device: torch.device, pool: Any) -> None:
+    def record(self, function: Function, stream: torch.cuda.Stream | None, pool: Any) -> None:
         self.recorded = True
-        if device.type != "cuda":
+        if stream is None:
             return
         graph = torch.cuda.CUDAGraph()
-        with _recording, torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            # other threads may go on using the device meanwhile
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._answer = function(self.inputs)
+        # other threads may go on using the device meanwhile
+        recorded = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with _recording, torch.cuda.device(stream.device), recorded:
+            self._answer = function(self.inputs)
         self._graph = graph
 
     def answer(self, function: Function) -> Tensor:
