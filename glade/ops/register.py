@@ -14,23 +14,30 @@ from torch.autograd.function import once_differentiable
 
 
 def differentiable(
-    op: Any,
-    d_op: Callable[..., Any],
+    name: str,
     forward: Callable[..., Any],
     backward: Callable[..., Any],
+    *,
+    like: Callable[..., Any],
+    gradients_like: Callable[..., Any],
     save: Callable[..., None],
     gradients: Callable[..., Any],
     returned: int | None = None,
 ) -> Callable[..., Any]:
-    """Gives the custom op a gradient and returns the call of it, whose first argument is a tensor.
+    """Defines the custom ops `glade::{name}` and `glade::{name}_backward` and returns the call of the first.
 
     Args:
-        op, d_op: the custom ops of forward and backward
-        forward, backward: what these two run
+        forward, backward: what these run: plain functions, neither of which sees autograd. Their annotations are the
+                           ops' schemas; the first argument is a tensor
+        like, gradients_like: (the same arguments) -> empty tensors like their answers, for a compiler
         save:      (ctx, inputs, output): keeps what the backward needs
         gradients: (backward, ctx, *grads) -> a gradient for every input, by a call of the backward it is given
-        returned:  for an op whose output is a list, how many of it the caller is after; the others are for `save`
+        returned:  for a forward that answers a list, how many of it the caller is after; the others are for `save`
     """
+    op = torch.library.custom_op(f"glade::{name}", forward, mutates_args=())
+    d_op = torch.library.custom_op(f"glade::{name}_backward", backward, mutates_args=())
+    op.register_fake(like)
+    d_op.register_fake(gradients_like)
 
     def of_op(ctx, *grads):
         return gradients(d_op, ctx, *(grads if returned is None else grads[0]))

@@ -38,32 +38,11 @@ def register(
 ) -> Run:
     """Defines `glade::linear_cross_entropy_{name}` and its backward, and returns the call behind the contract."""
 
-    def forward_op(
-        x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, matmul_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        return forward(x, weight, targets, bias, matmul_dtype)
-
-    def backward_op(
-        dlosses: Tensor,
-        normalisers: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        matmul_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(dlosses, normalisers, x, weight, targets, bias, matmul_dtype)
-
-    op = torch.library.custom_op(f"glade::linear_cross_entropy_{name}", forward_op, mutates_args=())
-    d_op = torch.library.custom_op(f"glade::linear_cross_entropy_{name}_backward", backward_op, mutates_args=())
-
-    @op.register_fake
-    def _(x, weight, targets, bias, matmul_dtype):
+    def like(x, weight, targets, bias, matmul_dtype):
         dtype = torch.promote_types(matmul_dtype, torch.float32)
         return x.new_empty(targets.shape, dtype=dtype), x.new_empty(targets.numel(), dtype=dtype)
 
-    @d_op.register_fake
-    def _(dlosses, normalisers, x, weight, targets, bias, matmul_dtype):
+    def gradients_like(dlosses, normalisers, x, weight, targets, bias, matmul_dtype):
         dbias = weight.new_empty(weight.shape[0]) if bias is None else torch.empty_like(bias)
         return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
@@ -76,7 +55,15 @@ def register(
         dx, dweight, dbias = backward(dlosses, normalisers, x, weight, targets, bias, ctx.matmul_dtype)
         return dx, dweight, None, None if bias is None else dbias, None
 
-    call = differentiable(op, d_op, forward, backward, save, gradients)
+    call = differentiable(
+        f"linear_cross_entropy_{name}",
+        forward,
+        backward,
+        like=like,
+        gradients_like=gradients_like,
+        save=save,
+        gradients=gradients,
+    )
 
     def run(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         matmul_dtype = torch.promote_types(x.dtype, weight.dtype)

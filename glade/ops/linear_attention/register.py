@@ -85,16 +85,11 @@ def register(
         with _exactly(v):
             return backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, list(kept))
 
-    op = torch.library.custom_op(f"glade::linear_attention_{name}", forward_op, mutates_args=())
-    d_op = torch.library.custom_op(f"glade::linear_attention_{name}_backward", backward_op, mutates_args=())
-
-    @op.register_fake
-    def _(q, k, v, g, erase, write, scale, state, cu_seqlens, keep):
+    def like(q, k, v, g, erase, write, scale, state, cu_seqlens, keep):
         kept = kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) if keep else []
         return [_like(v), final_like(q, v, cu_seqlens), *kept]
 
-    @d_op.register_fake
-    def _(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept):
+    def gradients_like(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept):
         return [_like(x) for x in (q, k, v, g, erase, write, state) if x is not None]
 
     def save(ctx, inputs, output):
@@ -106,7 +101,8 @@ def register(
     def gradients(backward, ctx, do, d_final, *_):
         q, k, v, g, erase, write, state, cu_seqlens, *kept = ctx.saved_tensors
         if not kept:
-            again = op if backward is d_op else forward_op
+            # traced, the forward is the custom op as the backward is
+            again = forward_op if backward is backward_op else getattr(torch.ops.glade, f"linear_attention_{name}")
             _, _, *kept = again(q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, True)
         if do is None:
             do = torch.zeros_like(v)
@@ -116,7 +112,16 @@ def register(
         )
         return dq, dk, dv, dg, d_erase, d_write, None, d_state, None, None
 
-    call = differentiable(op, d_op, forward_op, backward_op, save, gradients, returned=2)
+    call = differentiable(
+        f"linear_attention_{name}",
+        forward_op,
+        backward_op,
+        like=like,
+        gradients_like=gradients_like,
+        save=save,
+        gradients=gradients,
+        returned=2,
+    )
 
     def run(q, k, v, g, erase, write, scale, state, cu_seqlens):
         keep = (

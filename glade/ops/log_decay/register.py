@@ -17,23 +17,10 @@ Run = Callable[..., Tensor]
 def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Run:
     """Defines `glade::log_decay_{name}` and its backward, and returns the call behind the contract."""
 
-    def forward_op(z: Tensor, rate: Tensor, bias: Tensor | None, form: str) -> Tensor:
-        return forward(z, rate, bias, form)
-
-    def backward_op(
-        dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(dg, z, rate, bias, form)
-
-    op = torch.library.custom_op(f"glade::log_decay_{name}", forward_op, mutates_args=())
-    d_op = torch.library.custom_op(f"glade::log_decay_{name}_backward", backward_op, mutates_args=())
-
-    @op.register_fake
-    def _(z, rate, bias, form):
+    def like(z, rate, bias, form):
         return z.new_empty(z.shape, dtype=torch.float32)
 
-    @d_op.register_fake
-    def _(dg, z, rate, bias, form):
+    def gradients_like(dg, z, rate, bias, form):
         dbias = (rate if bias is None else bias).new_empty(rate.shape)
         return z.new_empty(z.shape), rate.new_empty(rate.shape), dbias
 
@@ -46,4 +33,6 @@ def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., 
         dz, drate, dbias = backward(dg, z, rate, bias, ctx.form)
         return dz, drate, None if bias is None else dbias, None
 
-    return differentiable(op, d_op, forward, backward, save, gradients)
+    return differentiable(
+        f"log_decay_{name}", forward, backward, like=like, gradients_like=gradients_like, save=save, gradients=gradients
+    )

@@ -27,25 +27,10 @@ RunAdd = Callable[..., tuple[Tensor, Tensor]]
 def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Run:
     """Defines `glade::rms_norm_{name}` and its backward, and returns the call behind the contract."""
 
-    def forward_op(
-        x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float, dtype: torch.dtype
-    ) -> Tensor:
-        return forward(x, weight, gate, gate_activation, eps, dtype)
-
-    def backward_op(
-        dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(dy, x, weight, gate, gate_activation, eps)
-
-    op = torch.library.custom_op(f"glade::rms_norm_{name}", forward_op, mutates_args=())
-    d_op = torch.library.custom_op(f"glade::rms_norm_{name}_backward", backward_op, mutates_args=())
-
-    @op.register_fake
-    def _(x, weight, gate, gate_activation, eps, dtype):
+    def like(x, weight, gate, gate_activation, eps, dtype):
         return x.new_empty(x.shape, dtype=dtype)
 
-    @d_op.register_fake
-    def _(dy, x, weight, gate, gate_activation, eps):
+    def gradients_like(dy, x, weight, gate, gate_activation, eps):
         dgate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
         return x.new_empty(x.shape), weight.new_empty(weight.shape), dgate
 
@@ -58,7 +43,9 @@ def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., 
         dx, dweight, dgate = backward(dy, x, weight, gate, ctx.gate_activation, ctx.eps)
         return dx, dweight, None if gate is None else dgate, None, None, None
 
-    return differentiable(op, d_op, forward, backward, save, gradients)
+    return differentiable(
+        f"rms_norm_{name}", forward, backward, like=like, gradients_like=gradients_like, save=save, gradients=gradients
+    )
 
 
 def register_add(
@@ -68,23 +55,10 @@ def register_add(
 ) -> RunAdd:
     """Defines `glade::add_rms_norm_{name}` and its backward, and returns the call behind the contract."""
 
-    def forward_op(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return forward(x, y, weight, eps, dtype)
-
-    def backward_op(
-        dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, y_dtype: torch.dtype, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(dnormed, dtotal, total, weight, y_dtype, eps)
-
-    op = torch.library.custom_op(f"glade::add_rms_norm_{name}", forward_op, mutates_args=())
-    d_op = torch.library.custom_op(f"glade::add_rms_norm_{name}_backward", backward_op, mutates_args=())
-
-    @op.register_fake
-    def _(x, y, weight, eps, dtype):
+    def like(x, y, weight, eps, dtype):
         return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
 
-    @d_op.register_fake
-    def _(dnormed, dtotal, total, weight, y_dtype, eps):
+    def gradients_like(dnormed, dtotal, total, weight, y_dtype, eps):
         dy = total.new_empty(0 if y_dtype == total.dtype else total.shape, dtype=y_dtype)
         return total.new_empty(total.shape), dy, weight.new_empty(weight.shape)
 
@@ -101,4 +75,12 @@ def register_add(
         dx, dy, dweight = backward(dnormed, dtotal, total, weight, ctx.y_dtype, ctx.eps)
         return dx, dx if ctx.y_dtype == total.dtype else dy, dweight, None, None
 
-    return differentiable(op, d_op, forward, backward, save, gradients)
+    return differentiable(
+        f"add_rms_norm_{name}",
+        forward,
+        backward,
+        like=like,
+        gradients_like=gradients_like,
+        save=save,
+        gradients=gradients,
+    )

@@ -39,42 +39,10 @@ def register(
 ) -> Run:
     """Defines `glade::short_conv_{name}` and its backward, and returns the call behind the contract."""
 
-    def forward_op(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        activation: str | None,
-        l2norm_heads: int | None,
-        l2norm_channels: int,
-    ) -> tuple[Tensor, Tensor]:
-        return forward(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels)
-
-    def backward_op(
-        dy: Tensor,
-        dfinal: Tensor | None,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        activation: str | None,
-        l2norm_heads: int | None,
-        l2norm_channels: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        how = (activation, l2norm_heads, l2norm_channels)
-        return backward(dy, dfinal, x, weight, bias, state, cu_seqlens, *how)
-
-    op = torch.library.custom_op(f"glade::short_conv_{name}", forward_op, mutates_args=())
-    d_op = torch.library.custom_op(f"glade::short_conv_{name}_backward", backward_op, mutates_args=())
-
-    @op.register_fake
-    def _(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
+    def like(x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
         return x.new_empty(x.shape), final_like(x, weight, state, cu_seqlens)
 
-    @d_op.register_fake
-    def _(dy, dfinal, x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
+    def gradients_like(dy, dfinal, x, weight, bias, state, cu_seqlens, activation, l2norm_heads, l2norm_channels):
         dbias = weight.new_empty(x.shape[2]) if bias is None else bias.new_empty(bias.shape)
         dstate = no_gradient(x) if state is None else state.new_empty(state.shape)
         return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
@@ -91,7 +59,15 @@ def register(
         dx, dweight, dbias, dstate = backward(dy, dfinal, x, weight, bias, state, cu_seqlens, *how)
         return dx, dweight, None if bias is None else dbias, None if state is None else dstate, *(None,) * 4
 
-    call = differentiable(op, d_op, forward, backward, save, gradients)
+    call = differentiable(
+        f"short_conv_{name}",
+        forward,
+        backward,
+        like=like,
+        gradients_like=gradients_like,
+        save=save,
+        gradients=gradients,
+    )
 
     def run(
         x: Tensor,
