@@ -53,10 +53,9 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
     of_launch = {"prepare": prepare, "forward": states, "backward": states, "values": values, "keys": keys}
     if is_scalar(corner, wide):
         del of_launch["values"]
-        blocks = ((32, 2), (32, 4), (64, 4), (128, 8))
         of_launch["keys"] = [
-            Launch(block, warps, 1, block_v) for block, warps in blocks for block_v in (64, 128)
-            if block <= K and block_v <= max(V, 64)
+            Launch(block, warps, stages)
+            for block in (16, 32, 64) for warps in (4, 8) for stages in (2, 3) if block <= K
         ]  # fmt: skip
         if corner[1] == "none":
             of_launch["prepare"] = [Launch(32, 1)]  # no product is made there

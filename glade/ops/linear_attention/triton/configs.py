@@ -22,9 +22,9 @@ KINDS = ("none", "scalar", "vector")
 
 class Launch(NamedTuple):
     block: int  # channels a program takes (at a time)
-    warps: int  # keys: at most one for 16 channels, else warps would repeat each other's products
-    stages: int = 1  # none in `scalar_keys`, which has no loop
-    block_v: int = 64  # keys only: value channels at a time
+    warps: int  # keys of vector gates: at most one for 16 channels, else warps would repeat each other's products
+    stages: int = 1
+    block_v: int = 64  # keys of vector gates only: value channels at a time
 
 
 class Config(NamedTuple):

@@ -59,127 +59,100 @@ def scalar_keys_kernel(
     q, k, v, g, erase, write, q_strides, k_strides, v_strides, g_strides, erase_strides, write_strides,
     do, R, dR, S_before, dS_after,
     dq, dk, d_erase, dg,
-    starts, ends, num_tokens, chunks_a_row, num_token_heads, scale,
+    starts, ends, num_tokens, chunks_a_row, scale,
     HV, GROUP, K, V,
-    KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    NUM_BLOCKS: tl.constexpr = KP // BK
-    block, m, head = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
+    m, head = tl.program_id(0), tl.program_id(1)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    tile = m.to(tl.int64) * HV + head
-    rows, columns = tl.arange(0, C), block * BK + tl.arange(0, BK)
+    rows, values = tl.arange(0, C), tl.arange(0, VP)
     first_head = (row.to(tl.int64) * num_tokens + start) * HV + head
-    of_block = block.to(tl.int64) * num_token_heads + first_head
-    do += first_head * V
-    S_before += tile * KP * VP
-    dS_after += tile * KP * VP
-    if ERASE != NONE:
-        R += first_head * V
-        dR += first_head * V
     v = token_head(v, v_strides, row, start, head)
     if WRITE != NONE:
         write = token_head(write, write_strides, row, start, head)
-    later, earlier = rows[:, None], rows[None, :]
-
     if GATE == SCALAR:
         logs = tl.load(token_head(g, g_strides, row, start, head) + rows * g_strides[1], mask=rows < live, other=0.0)
         logs = log2_decay(logs, G_TYPE)
         sums, last = tl.cumsum(logs, 0), tl.sum(logs, 0)
         to_row = tl.exp2(sums.to(tl.float32))[:, None]
+        to_end = tl.exp2((last - sums).to(tl.float32))[:, None]
     if ERASE != NONE:
-        at = token_head(erase, erase_strides, row, start, head) + rows * erase_strides[1]
-        gate = tl.load(at, mask=rows < live, other=0.0).to(tl.float32)
+        of_gate = token_head(erase, erase_strides, row, start, head) + rows * erase_strides[1]
+        gate = tl.load(of_gate, mask=rows < live, other=0.0).to(tl.float32)
 
-    # Products of pairs, as later by earlier token.
-    d_products = tl.zeros([C, C], tl.float32)
-    d_lower = tl.zeros([C, C], tl.float32)
-    for first_v in tl.static_range(0, VP, BV):
-        values = first_v + tl.arange(0, BV)
-        d_out = load_values(do, rows, live, values, HV, V).to(DTYPE)
-        r = load_written(R, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE)
-        d_products = tl.dot(d_out, tl.trans(r), d_products, input_precision=PRECISION)
-        if ERASE != NONE:
-            dr = load_values(dR, rows, live, values, HV, V)
-            d_lower = tl.dot(dr, tl.trans(r), d_lower, input_precision=PRECISION)
+    # Products of pairs, as later by earlier token and the other way round: a product in registers is the left side of
+    # the next as it is; its transpose would go through shared memory.
+    later, earlier = rows[:, None], rows[None, :]
+    d_out = load_values(do + first_head * V, rows, live, values, HV, V).to(DTYPE)
+    r = load_written(
+        R + first_head * V, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE
+    )
+    d_products = tl.dot(d_out, tl.trans(r), input_precision=PRECISION)
     with_itself = tl.sum(tl.where(later == earlier, d_products, 0.0), 1)[:, None] * scale
     if GATE == SCALAR:
-        apart = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0).to(tl.float32))
-        d_products *= apart
-        d_lower *= apart
+        d_products *= tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0).to(tl.float32))
     dp = tl.where(later > earlier, d_products * scale, 0.0).to(DTYPE)
-    dt = tl.where(later > earlier, -d_lower, 0.0).to(DTYPE)
-
-    # The gradients that read S: of q, and of the erasing key.
-    q_sum = tl.zeros([C, BK], tl.float32)
-    e_sum = tl.zeros([C, BK], tl.float32)
-    for first_v in tl.static_range(0, VP, BV):
-        values = first_v + tl.arange(0, BV)
-        S = tl.load(S_before + values[:, None] * KP + columns[None, :])
-        d_out = load_values(do, rows, live, values, HV, V).to(DTYPE)
-        q_sum = tl.dot(d_out, S, q_sum, input_precision=PRECISION)
-        if ERASE != NONE:
-            dr = load_values(dR, rows, live, values, HV, V)
-            e_sum = tl.dot(dr, S, e_sum, input_precision=PRECISION)
-    k_tile = load_rows(token_head(k, k_strides, row, start, head // GROUP), k_strides, rows, live, columns, K).to(DTYPE)
-    q_tile = load_rows(token_head(q, q_strides, row, start, head // GROUP), q_strides, rows, live, columns, K).to(DTYPE)
-    wide_q, wide_k = q_tile.to(tl.float32), k_tile.to(tl.float32)
-    q_sum *= scale
+    d_products = tl.dot(r, tl.trans(d_out), input_precision=PRECISION)
     if GATE == SCALAR:
-        q_sum *= to_row
-        e_sum *= to_row
-    q_sum = tl.dot(dp, k_tile, q_sum, input_precision=PRECISION)
-    inside = (rows < live)[:, None] & (columns < K)[None, :]
-    at = first_head * K + rows[:, None] * (HV * K) + columns[None, :]
-    tl.store(dq + at, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)
-    of_row = tl.sum(wide_q * q_sum, 1)
+        d_products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
+    dp_t = tl.where(later < earlier, d_products * scale, 0.0).to(DTYPE)
     if ERASE != NONE:
-        e_sum = tl.dot(dt, k_tile, -e_sum, input_precision=PRECISION)
-        of_erase = tl.sum(wide_k * e_sum, 1)
-        tl.store(d_erase + of_block + rows * HV, of_erase, mask=rows < live)
-        of_row += gate * of_erase
-
-    # Products of pairs again, as earlier by later token: a product in registers is the left side of the next as it is;
-    # its transpose would go through shared memory.
-    d_products_t = tl.zeros([C, C], tl.float32)
-    d_lower_t = tl.zeros([C, C], tl.float32)
-    k_sum = tl.zeros([C, BK], tl.float32)
-    carried = tl.zeros([BV], tl.float32)
-    for first_v in tl.static_range(0, VP, BV):
-        values = first_v + tl.arange(0, BV)
-        d_out = load_values(do, rows, live, values, HV, V).to(DTYPE)
-        r = load_written(R, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE)
-        d_products_t = tl.dot(r, tl.trans(d_out), d_products_t, input_precision=PRECISION)
-        if ERASE != NONE:
-            dr = load_values(dR, rows, live, values, HV, V)
-            d_lower_t = tl.dot(r, tl.trans(dr), d_lower_t, input_precision=PRECISION)
-    if GATE == SCALAR:
-        apart = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
-        d_products_t *= apart
-        d_lower_t *= apart
-    dp = tl.where(later < earlier, d_products_t * scale, 0.0).to(DTYPE)
-    if ERASE != NONE:
-        dt = tl.where(later < earlier, -d_lower_t * gate[None, :], 0.0).to(DTYPE)
-    for first_v in tl.static_range(0, VP, BV):
-        values = first_v + tl.arange(0, BV)
-        state_at = values[:, None] * KP + columns[None, :]
-        dS = tl.load(dS_after + state_at)
-        r = load_written(R, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE)
-        k_sum = tl.dot(r, dS, k_sum, input_precision=PRECISION)
+        dr = load_values(dR + first_head * V, rows, live, values, HV, V)
+        d_lower = tl.dot(dr, tl.trans(r), input_precision=PRECISION)
         if GATE == SCALAR:
-            carried += tl.sum(tl.load(S_before + state_at).to(tl.float32) * dS.to(tl.float32), 1)
-    if GATE == SCALAR:
-        k_sum *= tl.exp2((last - sums).to(tl.float32))[:, None]
-        # what goes on to the end of the chunk has part in the gradient of every row's decay
-        onward = tl.sum(tl.sum(wide_k * k_sum, 1), 0) + tl.exp2(last.to(tl.float32)) * tl.sum(carried, 0)
-    k_sum = tl.dot(dp, q_tile, k_sum, input_precision=PRECISION)
+            d_lower *= tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0).to(tl.float32))
+        dt = tl.where(later > earlier, -d_lower, 0.0).to(DTYPE)
+        d_lower = tl.dot(r, tl.trans(dr), input_precision=PRECISION)
+        if GATE == SCALAR:
+            d_lower *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
+        dt_t = tl.where(later < earlier, -d_lower * gate[None, :], 0.0).to(DTYPE)
+
+    q = token_head(q, q_strides, row, start, head // GROUP)
+    k = token_head(k, k_strides, row, start, head // GROUP)
+    states = (m.to(tl.int64) * HV + head) * KP * VP
+    of_row = tl.zeros([C], tl.float32)
+    of_erase = tl.zeros([C], tl.float32)
+    onward = tl.zeros([C], tl.float32)
+    carried = tl.zeros([VP], tl.float32)
+    for first_k in tl.range(0, KP, BK, num_stages=STAGES):
+        columns = first_k + tl.arange(0, BK)
+        state_at = states + values[:, None] * KP + columns[None, :]
+        S, dS = tl.load(S_before + state_at), tl.load(dS_after + state_at)
+        q_tile = load_rows(q, q_strides, rows, live, columns, K).to(DTYPE)
+        k_tile = load_rows(k, k_strides, rows, live, columns, K).to(DTYPE)
+        q_sum = tl.dot(d_out, S, input_precision=PRECISION) * scale
+        k_sum = tl.dot(r, dS, input_precision=PRECISION)
+        wide_q, wide_k = q_tile.to(tl.float32), k_tile.to(tl.float32)
+        if GATE == SCALAR:
+            q_sum *= to_row
+            k_sum *= to_end
+            # what goes on to the end of the chunk has part in the gradient of every row's decay
+            onward += tl.sum(wide_k * k_sum, 1)
+            carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+        q_sum = tl.dot(dp, k_tile, q_sum, input_precision=PRECISION)
+        k_sum = tl.dot(dp_t, q_tile, k_sum, input_precision=PRECISION)
+        inside = (rows < live)[:, None] & (columns < K)[None, :]
+        at = first_head * K + rows[:, None] * (HV * K) + columns[None, :]
+        tl.store(dq + at, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)
+        of_row += tl.sum(wide_q * q_sum, 1)
+        if ERASE != NONE:
+            e_sum = -tl.dot(dr, S, input_precision=PRECISION)
+            if GATE == SCALAR:
+                e_sum *= to_row
+            e_sum = tl.dot(dt, k_tile, e_sum, input_precision=PRECISION)
+            k_sum = tl.dot(dt_t, k_tile, k_sum, input_precision=PRECISION)
+            of_erase += tl.sum(wide_k * e_sum, 1)
+        of_row -= tl.sum(wide_k * k_sum, 1)
+        k_sum += with_itself * wide_q
+        if ERASE != NONE:
+            k_sum += gate[:, None] * e_sum
+        tl.store(dk + at, k_sum.to(dk.dtype.element_ty), mask=inside)
     if ERASE != NONE:
-        k_sum = tl.dot(dt, k_tile, k_sum, input_precision=PRECISION)
+        tl.store(d_erase + first_head + rows * HV, of_erase, mask=rows < live)
+        of_row += gate * of_erase
     if GATE == SCALAR:
-        gradient = tl.cumsum(of_row - tl.sum(wide_k * k_sum, 1), 0, reverse=True) + onward
-        tl.store(dg + of_block + rows * HV, gradient, mask=rows < live)
-    k_sum += with_itself * wide_q
-    if ERASE != NONE:
-        k_sum += gate[:, None] * e_sum
-    tl.store(dk + at, k_sum.to(dk.dtype.element_ty), mask=inside)
+        gradient = tl.cumsum(of_row, 0, reverse=True) + tl.sum(onward, 0)
+        gradient += tl.exp2(last.to(tl.float32)) * tl.sum(carried, 0)
+        tl.store(dg + first_head + rows * HV, gradient, mask=rows < live)

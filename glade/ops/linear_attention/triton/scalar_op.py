@@ -121,21 +121,19 @@ def _backward_states(
 
 def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scale, dR, dS, kept: list[Tensor]):
     launch = call.config.keys
-    BK = min(call.KP, launch.block)
-    blocks = call.KP // BK
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
-    dg, d_erase = call.gradient_in_parts(g, blocks), call.gradient_in_parts(erase, blocks)
+    dg, d_erase = call.gradient_in_parts(g, 1), call.gradient_in_parts(erase, 1)
     if spans.count > 0:
         R, S = kept[4:]
-        scalar_keys_kernel[(blocks * spans.count, call.HV)](
+        scalar_keys_kernel[(spans.count, call.HV)](
             q, k, v, g, erase, write, *(strides_of(x) for x in (q, k, v, g, erase, write)),
             do, R, dR, S, dS, dq, dk, d_erase, dg,
-            *call.where(spans), call.num_token_heads, scale,
+            *call.where(spans), scale,
             *constants(call.HV, call.group, call.K, call.V),
-            KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v), C=call.chunk * call.span,
+            KP=call.KP, VP=call.VP, BK=min(call.KP, launch.block), C=call.chunk * call.span,
             GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed,
             G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
-            num_warps=launch.warps,
+            STAGES=launch.stages, num_warps=launch.warps,
         )  # fmt: skip
     dq, dk = call.over_group(dq, q), call.over_group(dk, k)
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)
