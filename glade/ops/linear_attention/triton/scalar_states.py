@@ -31,7 +31,6 @@ from glade.ops.linear_attention.triton.tiles import (
     SCALAR,
     VECTOR,
     chunk_tokens,
-    load_columns,
     load_rows,
     pair_decay,
     sequence_chunks,
@@ -94,8 +93,12 @@ def scalar_forward_states_kernel(
             products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
         products = tl.where(not_before, products, 0.0).to(DTYPE)
 
-        z = tl.trans(load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V))
-        z = z.to(tl.float32)
+        v_tile = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V)
+        # Never so: a second use, without which Triton lays v's copy in shared memory out as an operand, cannot write it
+        # in 4 bytes, and keeps the copies ahead in registers, waiting for each as soon as it is asked for.
+        if live <= 0:
+            tl.store(o + columns[None, :] + rows[:, None], v_tile)
+        z = tl.trans(v_tile).to(tl.float32)
         if WRITE == SCALAR:
             z *= tl.load(write_rows + tile * C + rows)[None, :]
         elif WRITE == VECTOR:
@@ -112,7 +115,8 @@ def scalar_forward_states_kernel(
             z = tl.dot(z.to(DTYPE), tl.trans(inverse), input_precision=PRECISION)
         if KEEP:
             span = (first_span + (m - first) // SPAN).to(tl.int64) * HV + head
-            tl.store(S_before + span * KP * VP + states, S_low, mask=(m - first) % SPAN == 0)
+            if (m - first) % SPAN == 0:
+                tl.store(S_before + span * KP * VP + states, S_low)
         r = z.to(DTYPE)
         if GATE == SCALAR:
             out *= to_row[None, :]
@@ -171,6 +175,11 @@ def scalar_backward_states_kernel(
         if GATE == SCALAR:
             sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
 
+        if WRITE != NONE:
+            v_tile = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V)
+        if WRITE == VECTOR:
+            gate = token_head(write, write_strides, row, start, head)
+            gate_tile = load_rows(gate, write_strides, rows, live, columns, V)
         # the later token is the row here, the earlier one the column
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         if GATE == SCALAR:
@@ -183,8 +192,8 @@ def scalar_backward_states_kernel(
         d_out = tl.trans(d_out)
         z = tl.dot(d_out, products, z, input_precision=PRECISION)
         span = (first_span + (m - first) // SPAN).to(tl.int64) * HV + head
-        ends_span = ((m - first) % SPAN == SPAN - 1) | (m == end_chunk - 1)
-        tl.store(dS_after + span * KP * VP + states, dS_low, mask=ends_span)
+        if ((m - first) % SPAN == SPAN - 1) | (m == end_chunk - 1):
+            tl.store(dS_after + span * KP * VP + states, dS_low)
         if ERASE != NONE:
             z = tl.dot(z.to(DTYPE), tl.load(A + tile * C * C + square), input_precision=PRECISION)
             tl.store(dR + first_head * V + token_values, z.to(DTYPE), mask=inside)
@@ -200,21 +209,15 @@ def scalar_backward_states_kernel(
                 erased *= to_row
             dS = tl.dot((z * -erased[None, :]).to(DTYPE), k_tile, dS, input_precision=PRECISION)
 
-        if WRITE == NONE:
-            tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
-        # Always so where there are tokens. What is loaded under a condition is not copied ahead to shared memory, which
-        # has no room for it if two programs are to share a processor.
-        elif live > 0:
-            v_head = token_head(v, v_strides, row, start, head)
-            d_gate = z * load_columns(v_head, v_strides, rows, live, columns, V).to(tl.float32)
+        if WRITE != NONE:
+            d_gate = z * tl.trans(v_tile).to(tl.float32)
             if WRITE == SCALAR:
                 at = d_write + block.to(tl.int64) * num_token_heads + first_head + rows * HV
                 tl.store(at, tl.sum(d_gate, 0), mask=rows < live)
                 z *= tl.load(write_rows + tile * C + rows)[None, :]
             else:
                 tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)
-                gate = token_head(write, write_strides, row, start, head)
-                z *= load_columns(gate, write_strides, rows, live, columns, V).to(tl.float32)
-            tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
+                z *= tl.trans(gate_tile).to(tl.float32)
+        tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
     if INITIAL:
         tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)
