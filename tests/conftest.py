@@ -1,6 +1,11 @@
-"""Settings every test shares: the repeatable seed, and `gpu` tests left out where there is no GPU."""
+"""What every test shares: the repeatable seed, `gpu` tests left out where there is no GPU, and Triton's interpreter."""
 
+import inspect
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +27,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def interpret() -> Callable[[Callable[[], None]], None]:
+    """interpret(function) calls a function of a test file with Triton's kernels interpreted on the CPU: in a process of
+    its own, since Triton decides when it is imported whether it interprets."""
+    if sys.platform != "linux":
+        pytest.skip("Triton has wheels for Linux only")
+
+    def _interpret(function: Callable[[], None]) -> None:
+        file = Path(inspect.getfile(function))
+        settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        settings["PYTHONPATH"] = os.pathsep.join([str(file.parent), *sys.path])
+        command = [sys.executable, "-c", f"import {file.stem} as tests; tests.{function.__name__}()"]
+        ran = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+    return _interpret

@@ -1,14 +1,10 @@
 """The GPU's decode step: its program against `step_` in fp64, and recorded steps against the same ones not recorded.
 
-On a machine without a GPU a part of it runs in Triton's interpreter, in a process of its own.
+A part of it also runs on the CPU, in Triton's interpreter.
 """
 
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -369,17 +365,8 @@ def test_memory_does_not_grow_with_the_answers():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_program_in_the_interpreter():
-    program = "import test_captured_gpu as t; t.in_the_interpreter()"
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+def test_the_program_in_the_interpreter(interpret):
+    interpret(in_the_interpreter)
 
 
 def in_the_interpreter():
@@ -387,7 +374,6 @@ def in_the_interpreter():
     would hold."""
     from glade.infer.captured.lower import lower
 
-    torch.set_num_threads(1)
     steps._lower = lower
     small = {"dim": 24, "num_heads": 2, "head_dim": 8, "num_layers": 1}
     assert_steps_agree(make(**small), 1, tokens=3)

@@ -1,10 +1,8 @@
-"""The cross-entropy's GPU kernels against the definition in fp64: on the device, and on the CPU in Triton's interpreter
-(in a process of its own, since Triton decides when it is imported whether it interprets)."""
+"""The cross-entropy's GPU kernels against the definition in fp64: on the device, and on the CPU in Triton's
+interpreter."""
 
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -67,23 +65,14 @@ print(linear_cross_entropy(torch.randn(1, 8).cuda(), torch.randn(40, 8).cuda(), 
     assert "a target is not among the 40 tokens of the vocabulary" in ran.stderr
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_in_the_interpreter():
-    program = "import test_cross_entropy_gpu as t; t.in_the_interpreter()"
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+@pytest.mark.slow
+def test_the_kernels_in_the_interpreter(interpret):
+    interpret(in_the_interpreter)
 
 
 def in_the_interpreter():
     from glade.ops.cross_entropy.triton import linear
 
-    torch.set_num_threads(1)
     linear.MAX_LOGITS_BYTES = 17 * 5000 * 4
     for name, case in CASES.items():
         error = worst(case, linear.linear_cross_entropy, "cpu", torch.float32)

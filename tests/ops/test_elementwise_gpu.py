@@ -1,10 +1,5 @@
 """The GPU kernels of rms_norm, swiglu and log_decay against the definitions in fp64: on the device, and on the CPU in
-Triton's interpreter (in a process of its own, since Triton decides when it is imported whether it interprets)."""
-
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
+Triton's interpreter."""
 
 import pytest
 import torch
@@ -134,21 +129,12 @@ def mixed_dtypes(device):
     assert errors[1] <= TOLERANCES[torch.float32].value
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_in_the_interpreter():
-    program = "import test_elementwise_gpu as t; t.in_the_interpreter()"
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+@pytest.mark.slow
+def test_the_kernels_in_the_interpreter(interpret):
+    interpret(in_the_interpreter)
 
 
 def in_the_interpreter():
-    torch.set_num_threads(1)
     for name in cases(1):
         for n in WIDTHS:
             error = worst(name, n, "cpu", torch.float32)

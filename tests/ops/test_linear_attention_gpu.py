@@ -5,17 +5,13 @@ not fit, it is backend `torch` in fp64, which `test_linear_attention.py` holds t
 """
 
 import itertools
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from glade.errors import BackendError
-from glade.ops.linear_attention import available_backends, linear_attention, linear_attention_step_
+from glade.ops.linear_attention import available_backends, dispatch, linear_attention, linear_attention_step_
 from glade.ops.linear_attention.parity import (
     CORNERS,
     GATES,
@@ -27,6 +23,7 @@ from glade.ops.linear_attention.parity import (
     make_inputs,
     run_with_gradients,
 )
+from glade.ops.linear_attention.register import register
 
 ALL_CORNERS = [Corner(*kinds) for kinds in itertools.product(("none", "scalar", "vector"), repeat=3)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -41,8 +38,8 @@ def call(inputs, backend, cu_seqlens=None, **replaced):
     return linear_attention(q, k, v, **inputs, cu_seqlens=cu_seqlens, backend=backend)
 
 
-def borders(*lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+def borders(*lengths, device="cuda"):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def inputs_of(corner, shape, **settings):
@@ -280,59 +277,52 @@ def test_wrong_calls():
         call(inputs_of("gla", Shape(1, 4, 1, 1, 300, 8)), "triton")
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_in_the_interpreter():
-    """All kernels on the CPU, in fp32 and fp16 (the interpreter multiplies bf16 as bits), in a process of its own,
-    since Triton decides when it is imported whether it interprets."""
-    ran = subprocess.run(
-        [sys.executable, "-c", IN_THE_INTERPRETER],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+@pytest.mark.slow
+def test_the_kernels_in_the_interpreter(interpret):
+    interpret(in_the_interpreter)
 
 
-IN_THE_INTERPRETER = """
-import torch
-from glade.ops.linear_attention import dispatch, linear_attention_step_, parity
-from glade.ops.linear_attention.parity import CORNERS, Corner, Shape, errors, failures, make_inputs
-from glade.ops.linear_attention.register import register
-from glade.ops.linear_attention.triton import configs, op, scalar_op, step
+def in_the_interpreter():
+    """All kernels, in fp32 and fp16, since the interpreter multiplies bf16 as bits."""
+    from glade.ops.linear_attention.triton import configs
 
-torch.set_num_threads(1)
-for name, kernels in {"interpreted": op, "scalar": scalar_op}.items():
-    run = register(name, kernels.forward, kernels.backward, kernels.kept_like)
-    row = dispatch.Backend(name, run, step.step_, lambda device, dtype: None, automatic=False)
-    dispatch.BACKENDS[name] = row
-shape = Shape(B=1, T=70, H=1, HV=2, K=24, V=20)
-for name, corner in CORNERS.items():
-    # what serves bf16 calls with scalar gates is tried in fp32 too, though `op` takes the other kernels there
-    backend = "scalar" if "vector" not in corner[:2] else "interpreted"
-    for gate in ("mild", "extreme") if name in ("gdn", "gdn2") else ("mild",):
-        found = errors(make_inputs(corner, shape, gate=gate), backend)
-        assert not failures(found, torch.float32), (name, gate, found)
-cu_seqlens = torch.tensor([0, 3, 3, 40, 41], dtype=torch.int32)
-for corner, backend in ((("scalar", "vector", "none"), "interpreted"), (("scalar", "scalar", "vector"), "scalar")):
-    packed = make_inputs(Corner(*corner), Shape(1, 41, 1, 1), cu_seqlens=cu_seqlens)
-    found = errors(packed, backend, cu_seqlens)
-    assert not failures(found, torch.float32), found
-# states kept at every second chunk only
-table = configs.nearest
-configs.nearest = lambda *key: table(*key)._replace(chunk=16, span=2)
-for name, T in (("gdn", 49), ("linear", 70)):
-    found = errors(make_inputs(CORNERS[name], shape._replace(T=T)), "scalar")
-    assert not failures(found, torch.float32), (name, found)
-packed = make_inputs(CORNERS["gdn"], Shape(1, 41, 1, 1), cu_seqlens=cu_seqlens)
-found = errors(packed, "scalar", cu_seqlens)
-assert not failures(found, torch.float32), found
-configs.nearest = table
-found = errors(make_inputs(CORNERS["kda"], Shape(1, 33, 1, 1), dtype=torch.float16), "interpreted")
-assert not failures(found, torch.float16), found
+    register_interpreted()
+    shape, packed = Shape(B=1, T=70, H=1, HV=2, K=24, V=20), Shape(1, 41, 1, 1)
+    cu_seqlens = borders(3, 0, 37, 1, device="cpu")
+    for name, corner in CORNERS.items():
+        for gate in ("mild", "extreme") if name in ("gdn", "gdn2") else ("mild",):
+            check_interpreted(corner, shape, gate=gate)
+    for corner in (Corner("scalar", "vector", "none"), Corner("scalar", "scalar", "vector")):
+        check_interpreted(corner, packed, cu_seqlens)
+    check_interpreted(CORNERS["kda"], Shape(1, 33, 1, 1), dtype=torch.float16)
+    check_interpreted_step()
+    # states kept at every second chunk only
+    nearest = configs.nearest
+    configs.nearest = lambda *key: nearest(*key)._replace(chunk=16, span=2)
+    check_interpreted(CORNERS["gdn"], shape._replace(T=49))
+    check_interpreted(CORNERS["linear"], shape)
+    check_interpreted(CORNERS["gdn"], packed, cu_seqlens)
 
-inputs = {n: x if n == "state" else x[:, 0] for n, x in make_inputs(CORNERS["gdn2"], Shape(T=1)).items()}
-states = {b: inputs["state"].clone() for b in ("reference", "interpreted")}
-outputs = [linear_attention_step_(**{**inputs, "state": state}, backend=b) for b, state in states.items()]
-torch.testing.assert_close(*outputs)
-torch.testing.assert_close(*states.values())
-"""
+
+def register_interpreted():
+    """`op` as a backend for the CPU, and the kernels for scalar gates, which `op` itself takes in bf16 only."""
+    from glade.ops.linear_attention.triton import op, scalar_op, step
+
+    for name, kernels in {"op": op, "scalar": scalar_op}.items():
+        run = register(name, kernels.forward, kernels.backward, kernels.kept_like)
+        dispatch.BACKENDS[name] = dispatch.Backend(name, run, step.step_, lambda device, dtype: None, automatic=False)
+
+
+def check_interpreted(corner, shape, cu_seqlens=None, dtype=torch.float32, **settings):
+    inputs = make_inputs(corner, shape, cu_seqlens=cu_seqlens, dtype=dtype, **settings)
+    backend = "op" if "vector" in (corner.g, corner.erase) else "scalar"
+    found = errors(inputs, backend, cu_seqlens)
+    assert not failures(found, dtype), (corner, shape, settings, found)
+
+
+def check_interpreted_step():
+    inputs = {n: x if n == "state" else x[:, 0] for n, x in make_inputs(CORNERS["gdn2"], Shape(T=1)).items()}
+    states = {backend: inputs["state"].clone() for backend in ("reference", "op")}
+    outputs = [linear_attention_step_(**{**inputs, "state": state}, backend=b) for b, state in states.items()]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*states.values())

@@ -1,10 +1,5 @@
 """The short convolution's GPU kernels against the definition in fp64: on the device, and on the CPU in Triton's
-interpreter (in a process of its own, since Triton decides when it is imported whether it interprets)."""
-
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
+interpreter."""
 
 import pytest
 import torch
@@ -107,23 +102,14 @@ def test_step():
     assert error <= 1e-5 and others_stayed
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_in_the_interpreter():
-    program = "import test_short_conv_gpu as t; t.in_the_interpreter()"
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+@pytest.mark.slow
+def test_the_kernels_in_the_interpreter(interpret):
+    interpret(in_the_interpreter)
 
 
 def in_the_interpreter():
     from glade.ops.short_conv.triton import op
 
-    torch.set_num_threads(1)
     op.SEGMENTS = (8,)
     for name, case in CASES.items():
         error = worst(case, op.short_conv, "cpu", torch.float32)
