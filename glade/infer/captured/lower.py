@@ -28,7 +28,7 @@ from glade.infer.captured.kernels import heads, product
 from glade.infer.captured.linear import GATES, lower_linear
 from glade.infer.captured.program import Program
 from glade.infer.captured.weights import Matrix, Weights
-from glade.infer.native.builder import CannotLower
+from glade.infer.lowering import CannotLower
 from glade.model.block import Block
 from glade.model.ffn import GELU, SwiGLU
 from glade.model.lm import LanguageModel
@@ -44,7 +44,7 @@ class Builder:
     """Collects one program."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self.weights = Weights(model.embed.weight.dtype)
+        self.weights = Weights(model)
         self.instructions: list[Instruction] = []
         self.convolved: dict[int, int] = {}  # layer to channels that its convolutions remember
         self._used = self.most = 0

@@ -42,7 +42,6 @@ class Program:
     ) -> None:
         self._model, self._instructions, self._places = model, instructions, places
         self._weights, self._convolved = weights, convolved
-        self._children = [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
         self._dtype, self._device = weights.dtype, model.embed.weight.device
         self.overlap = overlapping(self._device)
         self._like = model.init_state(0)
@@ -50,8 +49,7 @@ class Program:
 
     def is_current(self) -> bool:
         """Whether the model's weights are where they were when it was lowered. Their values may have changed."""
-        whole = all(tuple(modules.values()) == children for modules, children in self._children)
-        return whole and self._weights.is_current()
+        return self._weights.are_current()
 
     def run(self, ids: Tensor, state: State, slots: Tensor | None) -> Tensor:
         """One token a row: `state` moves on in place. Logits [B, vocab_size] in fp32.

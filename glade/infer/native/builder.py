@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from glade.infer.native.program import Program, StateSlot, Weight, memory
+from glade.infer.lowering import FLOATS, CannotLower, WeightsInPlace, check_dtype
+from glade.infer.native.program import Program, StateSlot
 from glade.infer.native.records import (
     DTYPES,
     Act,
@@ -27,13 +28,8 @@ from glade.model.lm import LanguageModel
 from glade.model.norm import LayerNorm, RMSNorm, RMSNormEpsOutside
 from glade.model.quantized import Int8Weight
 
-_FLOATS = (torch.float32, torch.bfloat16)
 # a place begins a cache line
 _ALIGNED = 16
-
-
-class CannotLower(Exception):
-    """Why a model has no native decode step."""
 
 
 class Stream(NamedTuple):
@@ -46,10 +42,11 @@ class Stream(NamedTuple):
 class Builder:
     """Collects one program."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._weights = WeightsInPlace(model)
         self._instructions: list[Instruction] = []
         self._slots: list[StateSlot] = []
-        self._weights: list[Weight] = []
         self._constants: list[Tensor] = []
         self._rotations: dict[tuple[float, int], int] = {}
         self._used = self._most = 0
@@ -100,27 +97,16 @@ class Builder:
         Raises:
             CannotLower: it is not on the CPU, has gaps, or is of a dtype that no instruction reads.
         """
-        if getattr(module, name) is None:
-            return None
-        owner = module._parameters if name in module._parameters else module._buffers
-        x = cast(Tensor, owner[name])
-        if x.device.type != "cpu":
-            raise CannotLower(f"the model is on {x.device}, and the native decode step is the CPU's")
-        if x.dtype not in DTYPES:
-            raise CannotLower(
-                f"its weights are {str(x.dtype).removeprefix('torch.')}; float32, bfloat16 and int8 are read"
-            )
-        if not memory(x).is_contiguous():
-            raise CannotLower(f"{name} of a {type(module).__name__} is not contiguous in memory")
-        held = memory(x)
-        self._weights.append(Weight(cast("dict[str, Any]", owner), name, held.data_ptr(), held.nbytes, held.dtype))
-        return x
+        x: Tensor | None = getattr(module, name)
+        if x is not None:
+            if x.device.type != "cpu":
+                raise CannotLower(f"the model is on {x.device}, and the native decode step is the CPU's")
+            check_dtype(x.dtype)
+        return self._weights.read(module, name)
 
     def vector(self, module: nn.Module, name: str) -> Vector:
         """The same of a tensor of floats, flattened."""
-        x = self.weight(module, name)
-        assert x is None or x.dtype in _FLOATS
-        return vector(x)
+        return vector(self.weight(module, name))
 
     def matrix(self, module: nn.Module) -> Matrix:
         """The weight [rows, columns] of a linear map or of a table, and its bias."""
@@ -153,7 +139,7 @@ class Builder:
     # state
 
     def state(
-        self, layer: int, field: str, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...] = _FLOATS
+        self, layer: int, field: str, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
     ) -> int:
         """The number of one tensor of the state, [rows, *shape]."""
         self._slots.append(StateSlot(layer, field, shape, dtypes))
@@ -178,18 +164,8 @@ class Builder:
             op.parts[i] = Part(matrix, output)
         self.add(op)
 
-    def program(self, model: LanguageModel) -> Program:
-        return Program(
-            self._instructions,
-            row_floats=self._most,
-            num_layers=len(model.layers),
-            slots=self._slots,
-            weights=self._weights,
-            children=[(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules],
-            constants=self._constants,
-            vocab_size=cast(int, model.config.vocab_size),
-            learned_positions=model.config.learned_positions,
-        )
+    def program(self) -> Program:
+        return Program(self._model, self._instructions, self._most, self._slots, self._weights, self._constants)
 
 
 class Projections:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from glade.infer.native.builder import Builder, CannotLower, Projections, Stream
+from glade.infer.lowering import CannotLower
+from glade.infer.native.builder import Builder, Projections, Stream
 from glade.infer.native.linear import GATES, lower_linear
 from glade.infer.native.program import Program
 from glade.infer.native.records import NOWHERE, Act, AttentionHeads, Copy, Embed, Matrix, Norm, Normalize, Target
@@ -20,8 +21,6 @@ from glade.model.lm import LanguageModel
 from glade.model.mixers.attention import Attention
 from glade.model.mixers.rnn import Rnn
 from glade.ops import native
-
-__all__ = ["CannotLower", "lower"]
 
 
 def lower(model: LanguageModel) -> Program:
@@ -33,7 +32,7 @@ def lower(model: LanguageModel) -> Program:
     """
     if native.LIBRARY is None:
         raise CannotLower(f"the library of the CPU kernels {native.ABSENCE}")
-    b, config = Builder(), model.config
+    b, config = Builder(model), model.config
     stream = Stream(b.place(config.dim), config.dim)
     positions = Matrix() if model.positions is None else b.matrix(model.positions)
     b.add(Embed(table=b.matrix(model.embed), positions=positions, output=stream.place))
@@ -49,7 +48,7 @@ def lower(model: LanguageModel) -> Program:
     # the rows beyond the vocabulary are never asked for
     head.rows = config.vocab_size
     b.matmul(stream.place, stream.dim, [(head, 0)], norm=b.norm(model.final_norm), target=Target.LOGITS)
-    return b.program(model)
+    return b.program()
 
 
 def _lower_block(b: Builder, block: Block, layer: int, stream: Stream) -> None:

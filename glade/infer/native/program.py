@@ -9,11 +9,12 @@ from ctypes import addressof, c_int64
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from glade.infer.lowering import WeightsInPlace
 from glade.infer.native.records import DTYPES, Instruction, Run, StateTensor, Status
+from glade.model.lm import LanguageModel
 from glade.model.mixers.attention import MIN_CAPACITY
-from glade.model.quantized import Int8Weight
 from glade.model.state import State
 from glade.ops import native
 from glade.ops.attention import reserve
@@ -28,16 +29,6 @@ class StateSlot(NamedTuple):
     field: str
     shape: tuple[int | None, ...]  # without rows; None: any
     dtypes: tuple[torch.dtype, ...]
-
-
-class Weight(NamedTuple):
-    """A tensor whose address is in the program, and where the model keeps it."""
-
-    owner: dict[str, Any]
-    name: str
-    address: int
-    nbytes: int
-    dtype: torch.dtype
 
 
 class _Bound(NamedTuple):
@@ -58,48 +49,37 @@ class Program:
 
     def __init__(
         self,
+        model: LanguageModel,
         instructions: list[Instruction],
         row_floats: int,
-        num_layers: int,
         slots: list[StateSlot],
-        weights: list[Weight],
-        children: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]],
+        weights: WeightsInPlace,
         constants: list[Tensor],
-        vocab_size: int,
-        learned_positions: int,
     ) -> None:
         self._instructions = (Instruction * len(instructions))(*instructions)
         self._slots = slots
         self._weights = weights
-        self._children = children
         self._constants = constants  # kept because their addresses are in the instructions
         self._workspace, self._workspace_rows = torch.empty(0), 0
         self._bound: _Bound | None = None
-        _use_huge_pages(weights)
-        self._num_layers = num_layers
+        _use_huge_pages(weights.hold())
+        self._num_layers = len(model.layers)
         self._growing = sorted({slot.layer for slot in slots if slot.shape[0] is None})
         self._run = Run(
             num_instructions=len(instructions),
             instructions=addressof(self._instructions),
             row_floats=row_floats,
-            vocab_size=vocab_size,
-            most_positions=learned_positions,
+            vocab_size=model.config.vocab_size,
+            most_positions=model.config.learned_positions,
         )
 
     def is_current(self) -> bool:
         """Whether the model's weights are where they were when it was lowered. Their values may have changed."""
-        for owner, name, address, _, dtype in self._weights:
-            x = owner.get(name)
-            if x is None:
-                return False
-            held = memory(x)
-            if held.data_ptr() != address or held.dtype is not dtype:
-                return False
-        return all(tuple(modules.values()) == children for modules, children in self._children)
+        return self._weights.are_current()
 
     def hold(self) -> list[Tensor]:
         """What keeps the memory of the weights from being freed, whatever becomes of the model's own tensors."""
-        return [memory(owner[name]).detach() for owner, name, *_ in self._weights]
+        return self._weights.hold()
 
     def run(self, ids: Tensor, state: State, slots: Tensor | None) -> Tensor:
         """One token a row: `state` moves on in place. Logits [B, vocab_size] in fp32.
@@ -180,20 +160,15 @@ class Program:
         raise AssertionError(status)
 
 
-def memory(weight: Tensor) -> Tensor:
-    """The tensor that holds a weight's numbers."""
-    return weight.values if isinstance(weight, Int8Weight) else weight
-
-
 def _whole_numbers(x: Tensor) -> Tensor:
     return x if x.dtype is torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
 
 
-def _use_huge_pages(weights: list[Weight]) -> None:
+def _use_huge_pages(weights: list[Tensor]) -> None:
     """Asks for large pages under the weights, neighbours together."""
     assert native.LIBRARY is not None
     ends: list[list[int]] = []
-    for first, end in sorted((weight.address, weight.address + weight.nbytes) for weight in weights):
+    for first, end in sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in weights):
         if ends and first - ends[-1][1] < _HUGE_PAGE_BYTES:
             ends[-1][1] = max(end, ends[-1][1])
         else:
