@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from glade.infer.limits import refuse_ids, refuse_position, refuse_slots
 from glade.infer.lowering import WeightsInPlace
 from glade.infer.native.records import DTYPES, Instruction, Run, StateTensor, Status
+from glade.infer.rows import grow_, growing_layers
 from glade.model.lm import LanguageModel
-from glade.model.mixers.attention import MIN_CAPACITY
 from glade.model.state import State
 from glade.ops import native
-from glade.ops.attention import reserve
 
 _HUGE_PAGE_BYTES = 2**21
 
@@ -64,7 +64,7 @@ class Program:
         self._bound: _Bound | None = None
         _use_huge_pages(weights.hold())
         self._num_layers = len(model.layers)
-        self._growing = sorted({slot.layer for slot in slots if slot.shape[0] is None})
+        self._growing = [layer for layer, grows in enumerate(growing_layers(model)) if grows]
         self._run = Run(
             num_instructions=len(instructions),
             instructions=addressof(self._instructions),
@@ -87,7 +87,7 @@ class Program:
         Raises:
             ValueError: an id, slot or position out of range, or a state of another model; nothing has changed then.
         """
-        self._grow(state)
+        grow_(state, self._growing)
         bound = self._bind(state)
         # every call of torch's costs microseconds here, since the weights have just swept the caches
         run, rows = self._run, ids.shape[0]
@@ -106,18 +106,6 @@ class Program:
         if status:
             self._refuse(Status(status), ids, slots, state)
         return logits
-
-    def _grow(self, state: State) -> None:
-        """Gives the layers whose keys and values grow room for one token more."""
-        if not self._growing or not len(state):
-            return
-        longest, layers = int(state.position.max()), list(state.layers)
-        for layer in self._growing:
-            capacity = layers[layer].k.shape[1]
-            if longest >= capacity:
-                layers[layer] = reserve(layers[layer], max(2 * capacity, MIN_CAPACITY))
-        if any(new is not old for new, old in zip(layers, state.layers, strict=True)):
-            state.layers = tuple(layers)
 
     def _bind(self, state: State) -> _Bound:
         """The addresses of a state, made anew when its tensors are others than last time."""
@@ -143,20 +131,12 @@ class Program:
         return self._bound
 
     def _refuse(self, status: Status, ids: Tensor, slots: Tensor | None, state: State) -> None:
-        vocab_size, positions = self._run.vocab_size, self._run.most_positions
         if status is Status.BAD_ID:
-            raise ValueError(
-                f"ids holds {int(ids.min())} to {int(ids.max())}; the vocabulary has {vocab_size} entries, 0 to "
-                f"{vocab_size - 1}. Was it made with this model's tokenizer?"
-            )
+            refuse_ids(ids, self._run.vocab_size)
         if status is Status.BAD_SLOT:
-            given = None if slots is None else slots.tolist()
-            raise ValueError(f"slots are {given}; give distinct rows of the state, 0 to {len(state) - 1}")
+            refuse_slots(None if slots is None else slots.tolist(), len(state))
         if status is Status.BAD_POSITION:
-            raise ValueError(
-                f"the sequence reaches position {int(state.position.max())}; this model has {positions} learned "
-                "positions, so it reads no further. Shorten the text, or use a model with rotary or no positions"
-            )
+            refuse_position(int(state.position.max()), self._run.most_positions)
         raise AssertionError(status)
 
 
