@@ -1,12 +1,12 @@
 """What lowering writes into: places in the workspace, tensors of the state, instructions, and the weights they name."""
 
 from ctypes import Structure
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from glade.infer.lowering import FLOATS, CannotLower, WeightsInPlace, check_dtype
+from glade.infer.lowering import FLOATS, CannotLower, ProgramBuilder, WeightsInPlace, check_dtype
 from glade.infer.native.program import Program, StateSlot
 from glade.infer.native.records import (
     DTYPES,
@@ -15,6 +15,7 @@ from glade.infer.native.records import (
     Matmul,
     Matrix,
     Norm,
+    Normalize,
     NormKind,
     Part,
     Projected,
@@ -32,42 +33,20 @@ from glade.model.quantized import Int8Weight
 _ALIGNED = 16
 
 
-class Stream(NamedTuple):
-    """The residual stream: its place in the workspace and its width."""
-
-    place: int
-    dim: int
-
-
-class Builder:
-    """Collects one program."""
+class Builder(ProgramBuilder):
+    """Collects a program of the CPU's library."""
 
     def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model, _ALIGNED)
         self._model = model
         self._weights = WeightsInPlace(model)
         self._instructions: list[Instruction] = []
         self._slots: list[StateSlot] = []
         self._constants: list[Tensor] = []
         self._rotations: dict[tuple[float, int], int] = {}
-        self._used = self._most = 0
 
     def add(self, operands: Structure) -> None:
         self._instructions.append(instruction(operands))
-
-    # places in the workspace
-
-    def place(self, width: int) -> int:
-        """Room for `width` numbers of each row, until a `release` to a `mark` before it."""
-        place = self._used
-        self._used += -(-width // _ALIGNED) * _ALIGNED
-        self._most = max(self._most, self._used)
-        return place
-
-    def mark(self) -> int:
-        return self._used
-
-    def release(self, mark: int) -> None:
-        self._used = mark
 
     def rotation(self, theta: float, dims: int) -> int:
         """The place of cos and sin of `glade.ops.rope`; made once at the program's start for all layers alike."""
@@ -122,9 +101,9 @@ class Builder:
             return Matrix(x.values.data_ptr(), DTYPES[torch.int8], x.scales.data_ptr(), bias or Vector(), *x.shape)
         return Matrix(x.data_ptr(), DTYPES[x.dtype], None, bias or Vector(), *x.shape)
 
-    def norm(self, module: nn.Module) -> Norm:
-        """A norm of `glade.model.norm`, or none where `make_norm` made the identity."""
-        if isinstance(module, nn.Identity):
+    def norm(self, module: nn.Module | None) -> Norm:
+        """A norm of `glade.model.norm`, or none where there is none or `make_norm` made the identity."""
+        if module is None or isinstance(module, nn.Identity):
             return Norm()
         kinds: dict[type[nn.Module], NormKind] = {
             RMSNorm: NormKind.RMS,
@@ -147,6 +126,9 @@ class Builder:
 
     # instructions that several parts of a model use
 
+    def normalize(self, norm: nn.Module) -> None:
+        self.add(Normalize(self.norm(norm), self.stream, self.dim))
+
     def matmul(
         self,
         source: int,
@@ -165,7 +147,7 @@ class Builder:
         self.add(op)
 
     def program(self) -> Program:
-        return Program(self._model, self._instructions, self._most, self._slots, self._weights, self._constants)
+        return Program(self._model, self._instructions, self.most, self._slots, self._weights, self._constants)
 
 
 class Projections:
@@ -189,5 +171,6 @@ class Projections:
         first, second = module.children()
         return Projected(self.add(first), int(silu), self.builder.matrix(second))
 
-    def emit(self, stream: Stream, norm: Norm) -> None:
-        self.builder.matmul(stream.place, stream.dim, self.parts, norm=norm)
+    def emit(self, norm: nn.Module | None) -> None:
+        b = self.builder
+        b.matmul(b.stream, b.dim, self.parts, norm=b.norm(norm))
