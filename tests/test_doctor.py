@@ -4,6 +4,7 @@ import torch
 
 from glade.doctor import decode_path
 from glade.infer import native
+from glade.infer.lowering import CannotLower
 
 CPU = torch.device("cpu")
 
@@ -16,7 +17,7 @@ def test_the_decode_path_is_named_with_the_reason_where_it_is_torch():
 
 def test_a_refusal_is_told_and_not_raised(monkeypatch):
     def refuse(model):
-        raise native.CannotLower("there is no compiler")
+        raise CannotLower("there is no compiler")
 
     monkeypatch.setattr(native, "lower", refuse)
     assert decode_path(CPU, "float32") == "torch: there is no compiler"

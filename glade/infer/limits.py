@@ -1,6 +1,9 @@
-"""What a model can continue: ids it knows, and no more tokens than it has positions and memory for."""
+"""What a model can continue: ids it knows, in rows there are, no more tokens than it has positions and memory for."""
 
 from collections.abc import Sequence
+from typing import NoReturn
+
+from torch import Tensor
 
 from glade.errors import ConfigError, DataError
 from glade.infer.rows import growing_bytes
@@ -17,6 +20,27 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
     raise DataError(
         f"token id {id} at position {position} of the prompt is unknown; "
         f"this model has {vocab_size} tokens, 0 to {vocab_size - 1}"
+    )
+
+
+def refuse_ids(ids: Tensor, vocab_size: int) -> NoReturn:
+    """A decode step was given ids outside the vocabulary."""
+    raise ValueError(
+        f"ids holds {int(ids.min())} to {int(ids.max())}; the vocabulary has {vocab_size} entries, 0 to "
+        f"{vocab_size - 1}. Was it made with this model's tokenizer?"
+    )
+
+
+def refuse_slots(slots: Sequence[int] | None, rows: int) -> NoReturn:
+    """A decode step was given rows that the state does not have, or one of them twice."""
+    raise ValueError(f"slots are {slots}; give distinct rows of the state, 0 to {rows - 1}")
+
+
+def refuse_position(last: int, learned_positions: int) -> NoReturn:
+    """A decode step would read a token beyond the learned positions."""
+    raise ValueError(
+        f"the sequence reaches position {last}; this model has {learned_positions} learned positions, so it reads no "
+        "further. Shorten the text, or use a model with rotary or no positions"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glade.model.lm import LanguageModel
 from glade.model.mixer import tensor_bytes
+from glade.model.mixers.attention import MIN_CAPACITY
 from glade.model.state import State
 from glade.ops import AttentionState
 from glade.ops.attention import reserve
@@ -64,6 +65,19 @@ def trim(state: State, length: int, growing: Sequence[bool]) -> State:
 def _cut(x: Tensor, length: int) -> Tensor:
     # a copy, so that the room that is cut off is given back
     return x if x.shape[1] <= length else x[:, :length].clone()
+
+
+def grow_(state: State, layers: Sequence[int]) -> None:
+    """Room for one token more in every row of these growing layers: twice as much as before where a row is full."""
+    if not layers or not len(state):
+        return
+    longest, grown = int(state.position.max()), list(state.layers)
+    for i in layers:
+        capacity = grown[i].k.shape[1]
+        if longest >= capacity:
+            grown[i] = reserve(grown[i], max(2 * capacity, MIN_CAPACITY))
+    if any(new is not old for new, old in zip(grown, state.layers, strict=True)):
+        state.layers = tuple(grown)
 
 
 def put(table: State, slot: int, row: State, growing: Sequence[bool]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glade.errors import BackendError
 from glade.infer import native
-from glade.infer.native import CannotLower
+from glade.infer.lowering import CannotLower
 from glade.model.lm import LanguageModel
 from glade.model.quantized import is_quantized
 from glade.model.state import State

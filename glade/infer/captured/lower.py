@@ -6,7 +6,7 @@ feed-forward network becomes two products.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -28,8 +28,7 @@ from glade.infer.captured.kernels import heads, product
 from glade.infer.captured.linear import GATES, lower_linear
 from glade.infer.captured.program import Program
 from glade.infer.captured.weights import Matrix, Weights
-from glade.infer.native.builder import CannotLower
-from glade.model.block import Block
+from glade.infer.lowering import CannotLower, Mixers, Networks, ProgramBuilder
 from glade.model.ffn import GELU, SwiGLU
 from glade.model.lm import LanguageModel
 from glade.model.mixers.attention import Attention
@@ -40,35 +39,24 @@ from glade.model.norm import LayerNorm, RMSNorm, RMSNormEpsOutside
 _ALIGNED = 64
 
 
-class Builder:
-    """Collects one program."""
+class Builder(ProgramBuilder):
+    """Collects a program of a GPU's kernels."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self.weights = Weights(model.embed.weight.dtype)
+        super().__init__(model, _ALIGNED)
+        self.weights = Weights(model)
         self.instructions: list[Instruction] = []
         self.convolved: dict[int, int] = {}  # layer to channels that its convolutions remember
-        self._used = self.most = 0
-        self.stream, self.dim = self.place(model.config.dim), model.config.dim
 
     def add(self, instruction: Instruction) -> None:
         self.instructions.append(instruction)
 
-    def place(self, width: int) -> int:
-        """Room for `width` numbers of each row, until a `release` to a `mark` before it."""
-        place = self._used
-        self._used += -(-width // _ALIGNED) * _ALIGNED
-        self.most = max(self.most, self._used)
-        return place
+    def normalize(self, norm: nn.Module) -> None:
+        self.add(Normalize(self.norm(norm), self.stream, self.stream, self.dim))
 
-    def mark(self) -> int:
-        return self._used
-
-    def release(self, mark: int) -> None:
-        self._used = mark
-
-    def norm(self, module: nn.Module) -> Norm:
-        """A norm of `glade.model.norm`, or none where `make_norm` made the identity."""
-        if isinstance(module, nn.Identity):
+    def norm(self, module: nn.Module | None) -> Norm:
+        """A norm of `glade.model.norm`, or none where there is none or `make_norm` made the identity."""
+        if module is None or isinstance(module, nn.Identity):
             return NO_NORM
         kinds: dict[type[nn.Module], int] = {
             RMSNorm: heads.RMS.value,
@@ -82,7 +70,7 @@ class Builder:
 
     def from_stream(self, norm: nn.Module | None) -> dict[str, Any]:
         """What a product of the normed stream reads: `source`, `before` and `norm` of `Product`."""
-        norm_of = NO_NORM if norm is None else self.norm(norm)
+        norm_of = self.norm(norm)
         fused = {
             0: product.AS_IT_IS,
             heads.RMS.value: product.RMS,
@@ -119,32 +107,12 @@ def lower(model: LanguageModel) -> Program:
     b, config = Builder(model), model.config
     positions = None if model.positions is None else b.weights.vector(model.positions, "weight")
     b.add(Embed(b.weights.table(model.embed), positions, b.stream))
-    for layer, block in enumerate(model.blocks()):
-        mark = b.mark()
-        _lower_block(b, block, layer)
-        b.release(mark)
+    b.lower_blocks(model, _MIXERS, _NETWORKS)
     head = b.weights.table(model.embed if model.lm_head is None else model.lm_head)
     # the rows beyond the vocabulary are never asked for
     b.add(Product(head, output=None, width=cast(int, config.vocab_size), **b.from_stream(model.final_norm)))
     b.add(Advance())
     return Program(model, b.instructions, b.most, b.weights, b.convolved)
-
-
-def _lower_block(b: Builder, block: Block, layer: int) -> None:
-    lower_mixer = _MIXERS.get(type(block.mixer))
-    if lower_mixer is None:
-        raise CannotLower(f"layer {layer} mixes by a {type(block.mixer).__name__}, which no instruction knows")
-    lower_mixer(b, block.mixer, layer, block.mixer_norm if block.pre else None)
-    if not block.pre:
-        b.add(Normalize(b.norm(block.mixer_norm), b.stream, b.stream, b.dim))
-    if block.ffn is None or block.ffn_norm is None:
-        return
-    lower_ffn = _FFNS.get(type(block.ffn))
-    if lower_ffn is None:
-        raise CannotLower(f"layer {layer} has a {type(block.ffn).__name__} network, which no instruction knows")
-    lower_ffn(b, block.ffn, block.ffn_norm if block.pre else None)
-    if not block.pre:
-        b.add(Normalize(b.norm(block.ffn_norm), b.stream, b.stream, b.dim))
 
 
 def _lower_attention(b: Builder, mixer: Attention, layer: int, norm: nn.Module | None) -> None:
@@ -162,8 +130,8 @@ def _lower_attention(b: Builder, mixer: Attention, layer: int, norm: nn.Module |
             gate=gates[0] if gates else None,
             output=y,
             scale=o.head_dim**-0.5 if o.scale is None else o.scale,
-            q_norm=NO_NORM if mixer.q_norm is None else b.norm(mixer.q_norm),
-            k_norm=NO_NORM if mixer.k_norm is None else b.norm(mixer.k_norm),
+            q_norm=b.norm(mixer.q_norm),
+            k_norm=b.norm(mixer.k_norm),
             turned=round(o.head_dim * o.rope_fraction) if o.rope else 0,
             log_theta=math.log(o.rope_theta),
         )
@@ -197,13 +165,12 @@ def _lower_gelu(b: Builder, ffn: GELU, norm: nn.Module | None) -> None:
     b.add_to_stream(ffn.down, hidden)
 
 
-# by the exact class: what a subclass changes is not known here
-_MIXERS: dict[type[nn.Module], Callable[[Any, Any, int, nn.Module | None], None]] = {
+_MIXERS: Mixers = {
     Attention: _lower_attention,
     Rnn: _lower_rnn,
     **dict.fromkeys(GATES, lower_linear),
 }
-_FFNS: dict[type[nn.Module], Callable[[Builder, Any, nn.Module | None], None]] = {
+_NETWORKS: Networks = {
     SwiGLU: _lower_swiglu,
     GELU: _lower_gelu,
 }

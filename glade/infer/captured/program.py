@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -10,13 +10,12 @@ from torch import Tensor
 from glade.infer.captured.draw import draw_, suits
 from glade.infer.captured.instructions import Instruction, Run, overlapping
 from glade.infer.captured.weights import Weights
+from glade.infer.limits import refuse_ids, refuse_position, refuse_slots
+from glade.infer.rows import grow_, growing_layers
 from glade.infer.sampler import Rules
 from glade.model.lm import LanguageModel
-from glade.model.mixers.attention import MIN_CAPACITY
 from glade.model.mixers.linear import LinearState
 from glade.model.state import State, check_state
-from glade.ops import AttentionState
-from glade.ops.attention import reserve
 
 
 class Binding(NamedTuple):
@@ -42,16 +41,16 @@ class Program:
     ) -> None:
         self._model, self._instructions, self._places = model, instructions, places
         self._weights, self._convolved = weights, convolved
-        self._children = [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
         self._dtype, self._device = weights.dtype, model.embed.weight.device
         self.overlap = overlapping(self._device)
+        self._vocab_size = cast(int, model.config.vocab_size)
         self._like = model.init_state(0)
+        self._growing = [layer for layer, grows in enumerate(growing_layers(model)) if grows]
         self._binding: Binding | None = None
 
     def is_current(self) -> bool:
         """Whether the model's weights are where they were when it was lowered. Their values may have changed."""
-        whole = all(tuple(modules.values()) == children for modules, children in self._children)
-        return whole and self._weights.is_current()
+        return self._weights.are_current()
 
     def run(self, ids: Tensor, state: State, slots: Tensor | None) -> Tensor:
         """One token a row: `state` moves on in place. Logits [B, vocab_size] in fp32.
@@ -62,7 +61,7 @@ class Program:
         if slots is None:
             slots = torch.arange(len(ids), device=ids.device)
         self._check(ids, state, slots)
-        self._grow(state)
+        grow_(state, self._growing)
         self.bind(state)
         return self.enqueue(ids, state, slots, torch.ones_like(slots))
 
@@ -103,10 +102,9 @@ class Program:
         """
         bound = self._binding
         assert bound is not None and bound.layers is state.layers and bound.position is state.position
-        B, vocab = len(ids), self._model.config.vocab_size
-        assert vocab is not None
+        B = len(ids)
         workspace = torch.empty(B, self._places, dtype=self._dtype, device=self._device)
-        logits = torch.empty(B, vocab, dtype=torch.float32, device=self._device)
+        logits = torch.empty(B, self._vocab_size, dtype=torch.float32, device=self._device)
         if not B:
             return logits
         run = Run(ids, slots, live, state, bound.pasts, workspace, logits, self.overlap)
@@ -118,39 +116,14 @@ class Program:
     def _check(self, ids: Tensor, state: State, slots: Tensor) -> None:
         if not len(ids):
             return
-        vocab, positions = self._model.config.vocab_size, self._model.config.learned_positions
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= (vocab or 0):
-            raise ValueError(
-                f"ids holds {low} to {high}; the vocabulary has {vocab} entries, 0 to {(vocab or 0) - 1}. Was it made "
-                "with this model's tokenizer?"
-            )
+        if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
+            refuse_ids(ids, self._vocab_size)
         given = slots.tolist()
         if len(set(given)) < len(given) or min(given) < 0 or max(given) >= len(state):
-            raise ValueError(f"slots are {given}; give distinct rows of the state, 0 to {len(state) - 1}")
-        last = int(state.position[slots].max())
+            refuse_slots(given, len(state))
+        last, positions = int(state.position[slots].max()), self._model.config.learned_positions
         if positions and last >= positions:
-            raise ValueError(
-                f"the sequence reaches position {last}; this model has {positions} learned positions, so it reads no "
-                "further. Shorten the text, or use a model with rotary or no positions"
-            )
-
-    def _grow(self, state: State) -> None:
-        """Gives the layers whose keys and values grow room for one token more."""
-        growing = [
-            i
-            for i, layer in enumerate(self._like.layers)
-            if isinstance(layer, AttentionState) and layer.k.shape[1] == 0
-        ]
-        if not growing or not len(state):
-            return
-        longest, layers = int(state.position.max()), list(state.layers)
-        for i in growing:
-            capacity = layers[i].k.shape[1]
-            if longest >= capacity:
-                layers[i] = reserve(layers[i], max(2 * capacity, MIN_CAPACITY))
-        if any(new is not old for new, old in zip(layers, state.layers, strict=True)):
-            state.layers = tuple(layers)
+            refuse_position(last, positions)
 
 
 def _without_gaps(name: str, x: Tensor) -> Tensor:

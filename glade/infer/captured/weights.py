@@ -5,16 +5,14 @@ at once, whoever writes them.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from glade.infer.native.builder import CannotLower
-from glade.infer.native.program import memory
+from glade.infer.lowering import CannotLower, WeightsInPlace, check_dtype
+from glade.model.lm import LanguageModel
 from glade.model.quantized import Int8Weight
-
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Matrix(NamedTuple):
@@ -33,46 +31,17 @@ class Matrix(NamedTuple):
         return self.values.shape[1]
 
 
-class _Held(NamedTuple):
-    """A parameter whose address is in the program, and where the model keeps it."""
-
-    owner: dict[str, Any]
-    name: str
-    address: int
-    dtype: torch.dtype
-
-
-class Weights:
+class Weights(WeightsInPlace):
     """What a program reads of a model, of one dtype."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        if dtype not in DTYPES:
-            name = str(dtype).removeprefix("torch.")
-            raise CannotLower(f"its weights are {name}; float32, bfloat16 and int8 are read")
-        self.dtype = dtype
-        self._held: list[_Held] = []
-
-    def is_current(self) -> bool:
-        """Whether every weight is where it was. Values may have changed."""
-        for owner, name, address, dtype in self._held:
-            x = owner.get(name)
-            if x is None:
-                return False
-            held = memory(x)
-            if held.data_ptr() != address or held.dtype is not dtype:
-                return False
-        return True
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model)
+        self.dtype = model.embed.weight.dtype
+        check_dtype(self.dtype)
 
     def vector(self, module: nn.Module, name: str) -> Tensor | None:
         """A parameter as it lies in memory; None if it is None."""
-        if getattr(module, name) is None:
-            return None
-        owner = module._parameters if name in module._parameters else module._buffers
-        x = cast(Tensor, owner[name])
-        if not memory(x).is_contiguous():
-            raise CannotLower(f"{name} of a {type(module).__name__} is not contiguous in memory")
-        held = memory(x)
-        self._held.append(_Held(cast("dict[str, Any]", owner), name, held.data_ptr(), held.dtype))
+        x = self.read(module, name)
         return x.detach() if type(x) is nn.Parameter else x
 
     def table(self, module: nn.Embedding | nn.Linear) -> Matrix:

@@ -1,12 +1,13 @@
 """What lowering writes into: places in the workspace, tensors of the state, instructions, and the weights they name."""
 
 from ctypes import Structure
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from glade.infer.native.program import Program, StateSlot, Weight, memory
+from glade.infer.lowering import FLOATS, CannotLower, ProgramBuilder, WeightsInPlace, check_dtype
+from glade.infer.native.program import Program, StateSlot
 from glade.infer.native.records import (
     DTYPES,
     Act,
@@ -14,6 +15,7 @@ from glade.infer.native.records import (
     Matmul,
     Matrix,
     Norm,
+    Normalize,
     NormKind,
     Part,
     Projected,
@@ -27,50 +29,24 @@ from glade.model.lm import LanguageModel
 from glade.model.norm import LayerNorm, RMSNorm, RMSNormEpsOutside
 from glade.model.quantized import Int8Weight
 
-_FLOATS = (torch.float32, torch.bfloat16)
 # a place begins a cache line
 _ALIGNED = 16
 
 
-class CannotLower(Exception):
-    """Why a model has no native decode step."""
+class Builder(ProgramBuilder):
+    """Collects a program of the CPU's library."""
 
-
-class Stream(NamedTuple):
-    """The residual stream: its place in the workspace and its width."""
-
-    place: int
-    dim: int
-
-
-class Builder:
-    """Collects one program."""
-
-    def __init__(self) -> None:
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model, _ALIGNED)
+        self._model = model
+        self._weights = WeightsInPlace(model)
         self._instructions: list[Instruction] = []
         self._slots: list[StateSlot] = []
-        self._weights: list[Weight] = []
         self._constants: list[Tensor] = []
         self._rotations: dict[tuple[float, int], int] = {}
-        self._used = self._most = 0
 
     def add(self, operands: Structure) -> None:
         self._instructions.append(instruction(operands))
-
-    # places in the workspace
-
-    def place(self, width: int) -> int:
-        """Room for `width` numbers of each row, until a `release` to a `mark` before it."""
-        place = self._used
-        self._used += -(-width // _ALIGNED) * _ALIGNED
-        self._most = max(self._most, self._used)
-        return place
-
-    def mark(self) -> int:
-        return self._used
-
-    def release(self, mark: int) -> None:
-        self._used = mark
 
     def rotation(self, theta: float, dims: int) -> int:
         """The place of cos and sin of `glade.ops.rope`; made once at the program's start for all layers alike."""
@@ -100,27 +76,16 @@ class Builder:
         Raises:
             CannotLower: it is not on the CPU, has gaps, or is of a dtype that no instruction reads.
         """
-        if getattr(module, name) is None:
-            return None
-        owner = module._parameters if name in module._parameters else module._buffers
-        x = cast(Tensor, owner[name])
-        if x.device.type != "cpu":
-            raise CannotLower(f"the model is on {x.device}, and the native decode step is the CPU's")
-        if x.dtype not in DTYPES:
-            raise CannotLower(
-                f"its weights are {str(x.dtype).removeprefix('torch.')}; float32, bfloat16 and int8 are read"
-            )
-        if not memory(x).is_contiguous():
-            raise CannotLower(f"{name} of a {type(module).__name__} is not contiguous in memory")
-        held = memory(x)
-        self._weights.append(Weight(cast("dict[str, Any]", owner), name, held.data_ptr(), held.nbytes, held.dtype))
-        return x
+        x: Tensor | None = getattr(module, name)
+        if x is not None:
+            if x.device.type != "cpu":
+                raise CannotLower(f"the model is on {x.device}, and the native decode step is the CPU's")
+            check_dtype(x.dtype)
+        return self._weights.read(module, name)
 
     def vector(self, module: nn.Module, name: str) -> Vector:
         """The same of a tensor of floats, flattened."""
-        x = self.weight(module, name)
-        assert x is None or x.dtype in _FLOATS
-        return vector(x)
+        return vector(self.weight(module, name))
 
     def matrix(self, module: nn.Module) -> Matrix:
         """The weight [rows, columns] of a linear map or of a table, and its bias."""
@@ -136,9 +101,9 @@ class Builder:
             return Matrix(x.values.data_ptr(), DTYPES[torch.int8], x.scales.data_ptr(), bias or Vector(), *x.shape)
         return Matrix(x.data_ptr(), DTYPES[x.dtype], None, bias or Vector(), *x.shape)
 
-    def norm(self, module: nn.Module) -> Norm:
-        """A norm of `glade.model.norm`, or none where `make_norm` made the identity."""
-        if isinstance(module, nn.Identity):
+    def norm(self, module: nn.Module | None) -> Norm:
+        """A norm of `glade.model.norm`, or none where there is none or `make_norm` made the identity."""
+        if module is None or isinstance(module, nn.Identity):
             return Norm()
         kinds: dict[type[nn.Module], NormKind] = {
             RMSNorm: NormKind.RMS,
@@ -153,13 +118,16 @@ class Builder:
     # state
 
     def state(
-        self, layer: int, field: str, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...] = _FLOATS
+        self, layer: int, field: str, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...] = FLOATS
     ) -> int:
         """The number of one tensor of the state, [rows, *shape]."""
         self._slots.append(StateSlot(layer, field, shape, dtypes))
         return len(self._slots) - 1
 
     # instructions that several parts of a model use
+
+    def normalize(self, norm: nn.Module) -> None:
+        self.add(Normalize(self.norm(norm), self.stream, self.dim))
 
     def matmul(
         self,
@@ -178,18 +146,8 @@ class Builder:
             op.parts[i] = Part(matrix, output)
         self.add(op)
 
-    def program(self, model: LanguageModel) -> Program:
-        return Program(
-            self._instructions,
-            row_floats=self._most,
-            num_layers=len(model.layers),
-            slots=self._slots,
-            weights=self._weights,
-            children=[(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules],
-            constants=self._constants,
-            vocab_size=cast(int, model.config.vocab_size),
-            learned_positions=model.config.learned_positions,
-        )
+    def program(self) -> Program:
+        return Program(self._model, self._instructions, self.most, self._slots, self._weights, self._constants)
 
 
 class Projections:
@@ -213,5 +171,6 @@ class Projections:
         first, second = module.children()
         return Projected(self.add(first), int(silu), self.builder.matrix(second))
 
-    def emit(self, stream: Stream, norm: Norm) -> None:
-        self.builder.matmul(stream.place, stream.dim, self.parts, norm=norm)
+    def emit(self, norm: nn.Module | None) -> None:
+        b = self.builder
+        b.matmul(b.stream, b.dim, self.parts, norm=b.norm(norm))

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from glade.infer.native.builder import Builder, Projections, Stream
-from glade.infer.native.records import NOWHERE, Decay, LinearHeads, Norm, Projected, Target
+from glade.infer.native.builder import Builder, Projections
+from glade.infer.native.records import NOWHERE, Decay, LinearHeads, Projected, Target
 from glade.model.mixers.decay import GLA, RetNet
 from glade.model.mixers.delta import KDA, Delta, GatedDeltaNet, GatedDeltaNet2
 from glade.model.mixers.linear import Linear, ShortConvolution
@@ -20,13 +20,13 @@ _OUTPUT_GATES = {"absent": 0, "silu": 1, "sigmoid": 2}
 _EPS_MODES = {"floor": 1, "add": 2}
 
 
-def lower_linear(b: Builder, mixer: Linear, layer: int, stream: Stream, norm: Norm) -> None:
+def lower_linear(b: Builder, mixer: Linear, layer: int, norm: nn.Module | None) -> None:
     """Any of `GATES`, y added to the stream."""
     o, projections = mixer.options, Projections(b)
     q, k, v = (projections.add(each) for each in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     gate = Projected() if mixer.output_gate_proj is None else projections.add_factored(mixer.output_gate_proj)
     gates = GATES[type(mixer)](b, projections, mixer)
-    projections.emit(stream, norm)
+    projections.emit(norm)
     y = b.place(mixer.value_dim)
     turned = round(o.head_dim * o.rope_fraction) if o.rope else 0
     b.add(
@@ -53,7 +53,7 @@ def lower_linear(b: Builder, mixer: Linear, layer: int, stream: Stream, norm: No
             **gates,
         )
     )
-    b.matmul(y, mixer.value_dim, [(b.matrix(mixer.o_proj), stream.place)], target=Target.ADD)
+    b.matmul(y, mixer.value_dim, [(b.matrix(mixer.o_proj), b.stream)], target=Target.ADD)
 
 
 def _convolutions(b: Builder, mixer: Linear, layer: int) -> Members:

@@ -9,14 +9,15 @@ from ctypes import addressof, c_int64
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from glade.infer.limits import refuse_ids, refuse_position, refuse_slots
+from glade.infer.lowering import WeightsInPlace
 from glade.infer.native.records import DTYPES, Instruction, Run, StateTensor, Status
-from glade.model.mixers.attention import MIN_CAPACITY
-from glade.model.quantized import Int8Weight
+from glade.infer.rows import grow_, growing_layers
+from glade.model.lm import LanguageModel
 from glade.model.state import State
 from glade.ops import native
-from glade.ops.attention import reserve
 
 _HUGE_PAGE_BYTES = 2**21
 
@@ -28,16 +29,6 @@ class StateSlot(NamedTuple):
     field: str
     shape: tuple[int | None, ...]  # without rows; None: any
     dtypes: tuple[torch.dtype, ...]
-
-
-class Weight(NamedTuple):
-    """A tensor whose address is in the program, and where the model keeps it."""
-
-    owner: dict[str, Any]
-    name: str
-    address: int
-    nbytes: int
-    dtype: torch.dtype
 
 
 class _Bound(NamedTuple):
@@ -58,48 +49,37 @@ class Program:
 
     def __init__(
         self,
+        model: LanguageModel,
         instructions: list[Instruction],
         row_floats: int,
-        num_layers: int,
         slots: list[StateSlot],
-        weights: list[Weight],
-        children: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]],
+        weights: WeightsInPlace,
         constants: list[Tensor],
-        vocab_size: int,
-        learned_positions: int,
     ) -> None:
         self._instructions = (Instruction * len(instructions))(*instructions)
         self._slots = slots
         self._weights = weights
-        self._children = children
         self._constants = constants  # kept because their addresses are in the instructions
         self._workspace, self._workspace_rows = torch.empty(0), 0
         self._bound: _Bound | None = None
-        _use_huge_pages(weights)
-        self._num_layers = num_layers
-        self._growing = sorted({slot.layer for slot in slots if slot.shape[0] is None})
+        _use_huge_pages(weights.hold())
+        self._num_layers = len(model.layers)
+        self._growing = [layer for layer, grows in enumerate(growing_layers(model)) if grows]
         self._run = Run(
             num_instructions=len(instructions),
             instructions=addressof(self._instructions),
             row_floats=row_floats,
-            vocab_size=vocab_size,
-            most_positions=learned_positions,
+            vocab_size=model.config.vocab_size,
+            most_positions=model.config.learned_positions,
         )
 
     def is_current(self) -> bool:
         """Whether the model's weights are where they were when it was lowered. Their values may have changed."""
-        for owner, name, address, _, dtype in self._weights:
-            x = owner.get(name)
-            if x is None:
-                return False
-            held = memory(x)
-            if held.data_ptr() != address or held.dtype is not dtype:
-                return False
-        return all(tuple(modules.values()) == children for modules, children in self._children)
+        return self._weights.are_current()
 
     def hold(self) -> list[Tensor]:
         """What keeps the memory of the weights from being freed, whatever becomes of the model's own tensors."""
-        return [memory(owner[name]).detach() for owner, name, *_ in self._weights]
+        return self._weights.hold()
 
     def run(self, ids: Tensor, state: State, slots: Tensor | None) -> Tensor:
         """One token a row: `state` moves on in place. Logits [B, vocab_size] in fp32.
@@ -107,7 +87,7 @@ class Program:
         Raises:
             ValueError: an id, slot or position out of range, or a state of another model; nothing has changed then.
         """
-        self._grow(state)
+        grow_(state, self._growing)
         bound = self._bind(state)
         # every call of torch's costs microseconds here, since the weights have just swept the caches
         run, rows = self._run, ids.shape[0]
@@ -126,18 +106,6 @@ class Program:
         if status:
             self._refuse(Status(status), ids, slots, state)
         return logits
-
-    def _grow(self, state: State) -> None:
-        """Gives the layers whose keys and values grow room for one token more."""
-        if not self._growing or not len(state):
-            return
-        longest, layers = int(state.position.max()), list(state.layers)
-        for layer in self._growing:
-            capacity = layers[layer].k.shape[1]
-            if longest >= capacity:
-                layers[layer] = reserve(layers[layer], max(2 * capacity, MIN_CAPACITY))
-        if any(new is not old for new, old in zip(layers, state.layers, strict=True)):
-            state.layers = tuple(layers)
 
     def _bind(self, state: State) -> _Bound:
         """The addresses of a state, made anew when its tensors are others than last time."""
@@ -163,37 +131,24 @@ class Program:
         return self._bound
 
     def _refuse(self, status: Status, ids: Tensor, slots: Tensor | None, state: State) -> None:
-        vocab_size, positions = self._run.vocab_size, self._run.most_positions
         if status is Status.BAD_ID:
-            raise ValueError(
-                f"ids holds {int(ids.min())} to {int(ids.max())}; the vocabulary has {vocab_size} entries, 0 to "
-                f"{vocab_size - 1}. Was it made with this model's tokenizer?"
-            )
+            refuse_ids(ids, self._run.vocab_size)
         if status is Status.BAD_SLOT:
-            given = None if slots is None else slots.tolist()
-            raise ValueError(f"slots are {given}; give distinct rows of the state, 0 to {len(state) - 1}")
+            refuse_slots(None if slots is None else slots.tolist(), len(state))
         if status is Status.BAD_POSITION:
-            raise ValueError(
-                f"the sequence reaches position {int(state.position.max())}; this model has {positions} learned "
-                "positions, so it reads no further. Shorten the text, or use a model with rotary or no positions"
-            )
+            refuse_position(int(state.position.max()), self._run.most_positions)
         raise AssertionError(status)
-
-
-def memory(weight: Tensor) -> Tensor:
-    """The tensor that holds a weight's numbers."""
-    return weight.values if isinstance(weight, Int8Weight) else weight
 
 
 def _whole_numbers(x: Tensor) -> Tensor:
     return x if x.dtype is torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
 
 
-def _use_huge_pages(weights: list[Weight]) -> None:
+def _use_huge_pages(weights: list[Tensor]) -> None:
     """Asks for large pages under the weights, neighbours together."""
     assert native.LIBRARY is not None
     ends: list[list[int]] = []
-    for first, end in sorted((weight.address, weight.address + weight.nbytes) for weight in weights):
+    for first, end in sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in weights):
         if ends and first - ends[-1][1] < _HUGE_PAGE_BYTES:
             ends[-1][1] = max(end, ends[-1][1])
         else:
