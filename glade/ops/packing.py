@@ -7,6 +7,9 @@ be empty.
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int) -> int:
@@ -39,6 +42,25 @@ def document_borders(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
         if borders[i + 1] < borders[i]:
             raise ValueError(f"cu_seqlens falls from {borders[i]} to {borders[i + 1]} at document {i}; it may not fall")
     return borders
+
+
+def known_borders(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
+    """`document_borders`, asked once for each version of a tensor: all layers of a model share one look at a GPU."""
+    if cu_seqlens.is_inference():  # has no version
+        return document_borders(cu_seqlens, num_tokens)
+    asked = cu_seqlens._version, num_tokens
+    known = _known.get(cu_seqlens)
+    if known is None or known[0] != asked:
+        known = _known[cu_seqlens] = asked, document_borders(cu_seqlens, num_tokens)
+    return known[1]
+
+
+def longest_document(cu_seqlens: Tensor, num_tokens: int) -> int:
+    """The most tokens of a document: a number that depends on values, so that tracing stops at it."""
+    if torch.compiler.is_compiling():
+        return int(cu_seqlens.diff().max())
+    borders = known_borders(cu_seqlens, num_tokens)
+    return max(borders[i + 1] - borders[i] for i in range(len(borders) - 1))
 
 
 def document_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -15,6 +15,7 @@ from glade.ops.attention import (
     attention_scores,
     attention_step_,
     empty_state,
+    flash,
     intervals,
     reserve,
 )
@@ -116,6 +117,71 @@ def test_on_a_gpu(how, window) -> None:
     found = outputs_and_gradients(*(t.cuda() for t in tensors), on_gpu, window=window, cu_seqlens=cu_seqlens)
     for name, right in exact.items():
         assert relative_error(found[name].cpu(), right) <= TOLERANCES[torch.float32].gradient, name
+
+
+def rows_and_documents(how: str, window: int | None, K: int, dtype: torch.dtype) -> tuple[list[Tensor], dict]:
+    """q, k, v of one kind of call, and what goes with them: a state whose rows have seen different numbers of tokens
+    (one of them nothing), borders with an empty document."""
+    sizes = dict(K=K, V=K, dtype=dtype)
+    packed = "packed" in how
+    tensors = inputs(1, 300, **sizes) if packed else inputs(4, 75, **sizes)
+    past = torch.tensor([0, 5, 0, 13, 90]).cumsum(0)
+    _, state = attention(*inputs(1, 108, **sizes), window=window, cu_seqlens=past.int(), backend="reference")
+    return tensors, {
+        "state": state if "state" in how else None,
+        "cu_seqlens": borders([10, 0, 161, 129]) if packed else None,
+        "window": window,
+    }
+
+
+KINDS = ["rows", "state", "packed", "packed with states"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("K", [8, 64, 128, 256])
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("how", KINDS)
+def test_16_bits_on_a_gpu(how, window, K, dtype) -> None:
+    tensors, given = rows_and_documents(how, window, K, dtype)
+    state, cu_seqlens = given["state"], given["cu_seqlens"]
+    exact_state = None if state is None else AttentionState(state.k.double(), state.v.double(), state.length)
+    q, k, v = (t.double() for t in tensors)
+    exact = outputs_and_gradients(q, k, v, exact_state, window=window, cu_seqlens=cu_seqlens, backend="reference")
+    on_gpu = None if state is None else AttentionState(*(x.cuda() for x in state))
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.cuda()
+    q, k, v = (t.cuda() for t in tensors)
+    assert flash.serves(q, k, v)
+    found, again = (outputs_and_gradients(q, k, v, on_gpu, window=window, cu_seqlens=cu_seqlens) for _ in range(2))
+    for name, right in exact.items():
+        allowed = TOLERANCES[dtype].gradient if name.startswith("d ") else TOLERANCES[dtype].value
+        assert relative_error(found[name].cpu(), right) <= allowed, name
+        assert torch.equal(found[name], again[name]), name
+
+
+def by_sequence(q, k, v, starts, key_starts, cu_seqlens, T, P, scale, window) -> tuple[Tensor, None]:
+    """What flash attention's kernel is asked for: each sequence's last query sees up to its last key."""
+    longest = max(starts.diff().tolist())
+    assert longest <= T and max(key_starts.diff().tolist()) <= P + T
+    outputs = []
+    for i in range(len(starts) - 1):
+        queries = q[starts[i] : starts[i + 1]]
+        keys, values = (x[key_starts[i] : key_starts[i + 1]].repeat_interleave(2, 1) for x in (k, v))
+        apart = torch.arange(len(queries))[:, None] + len(keys) - len(queries) - torch.arange(len(keys))
+        hidden = (apart < 0) | (apart >= (window or len(keys) + 1))
+        scores = torch.einsum("thk,shk->hts", queries, keys) * scale
+        p = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
+        outputs.append(torch.einsum("hts,shv->thv", p, values))
+    return torch.cat(outputs), None
+
+
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("how", KINDS)
+def test_what_flash_attention_is_given(how, window, monkeypatch) -> None:
+    monkeypatch.setattr(flash, "serves", lambda *_: True)
+    monkeypatch.setattr(flash, "_forward", by_sequence)
+    tensors, given = rows_and_documents(how, window, 8, torch.float32)
+    assert_matches_reference(tensors, given.pop("state"), **given)
 
 
 @pytest.mark.gpu

@@ -1,9 +1,10 @@
-"""Attention by torch's fused kernel where a whole row is seen causally, and by intervals everywhere else."""
+"""Attention by torch's fused kernels where they serve (16 bits on a GPU; whole rows), by intervals everywhere else."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glade.ops.attention import flash
 from glade.ops.attention.intervals import interval_attention
 from glade.ops.attention.layout import Visible, visible_keys
 from glade.ops.attention.scores import AdditiveWeight, Score, ScoreWeight, attention_scores, bilinear
@@ -28,6 +29,8 @@ def attention(
         return o.to(v.dtype), after
     if score_weight is not None:
         q = bilinear(q, score_weight)
+    if flash.serves(q, k, v):
+        return flash.attention(q, k, v, window, scale, state, cu_seqlens), after
     whole_rows = state is None and cu_seqlens is None and (window is None or window >= q.shape[1])
     # With K != V torch has no fused kernel on the CPU: it would hold all scores at once.
     if whole_rows and q.shape[3] == v.shape[3]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from glade.ops.attention.state import AttentionState, history
-from glade.ops.packing import document_borders, document_ids
+from glade.ops.packing import document_ids, known_borders
 
 
 class Visible(NamedTuple):
@@ -18,44 +18,77 @@ class Visible(NamedTuple):
     last: Tensor  # [1, T] int64, a query's own key
 
 
+def keys_in_order(
+    k: Tensor, v: Tensor, window: int | None, state: AttentionState | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """Every sequence's past, P positions from its state, directly before its new keys: k, v and P.
+
+    Where a state has seen fewer than P tokens, the past's first positions have no meaning.
+    """
+    past = None if state is None else history(state, window)
+    if past is None or past[0].shape[1] == 0:
+        return k, v, 0
+    P = past[0].shape[1]
+    if cu_seqlens is None:
+        k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past, (k, v), strict=True))
+    else:
+        place = _places(cu_seqlens, len(past[0]), P, k.shape[1])
+        k, v = (_interleave(old, new, place) for old, new in zip(past, (k, v), strict=True))
+    return k, v, P
+
+
 def visible_keys(
     k: Tensor, v: Tensor, window: int | None, state: AttentionState | None, cu_seqlens: Tensor | None
 ) -> Visible:
-    """Every sequence's past, P positions from its state, directly before its new keys."""
-    past = None if state is None else history(state, window)
-    P = 0 if past is None else past[0].shape[1]
-    token = torch.arange(k.shape[1], device=k.device)
+    """`keys_in_order`, and which of them each query sees."""
+    T = k.shape[1]
+    k, v, P = keys_in_order(k, v, window, state, cu_seqlens)
+    token = torch.arange(T, device=k.device)
     if cu_seqlens is None:
         own = token + P
         start = torch.zeros_like(own) if state is None else (P - state.length).clamp(min=0)[:, None]
-        if past is not None:
-            k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past, (k, v), strict=True))
     else:
-        document = _checked_document_ids(cu_seqlens, k.shape[1])
-        borders = cu_seqlens.to(torch.int64)
+        document = _checked_document_ids(cu_seqlens, T)
         own = token + (document + 1) * P
-        start = document * P + borders[document]
-        if state is not None and past is not None:
+        start = document * P + cu_seqlens.to(torch.int64)[document]
+        if state is not None:
             start = start + (P - state.length).clamp(min=0)[document]
-            k, v = (_interleave(old, new, own, borders) for old, new in zip(past, (k, v), strict=True))
     first = start.expand(*start.shape[:-1], len(own)) if window is None else torch.maximum(start, own - window + 1)
     return Visible(k, v, first if first.dim() == 2 else first[None], own[None])
 
 
-def _interleave(past: Tensor, new: Tensor, own: Tensor, borders: Tensor) -> Tensor:
-    """[1, N * P + T, ...]: past [N, P, ...] of each document before its part of new [1, T, ...]; own [T] places new."""
-    N, P = past.shape[:2]
-    source = torch.empty(N * P + len(own), dtype=torch.int64, device=own.device)
-    source[own] = N * P + torch.arange(len(own), device=own.device)
-    nth = torch.arange(N * P, device=own.device).view(N, P)
-    source[nth + borders[:-1, None]] = nth
-    return torch.cat([past.flatten(0, 1).to(new.dtype), new[0]])[source][None]
+def _places(cu_seqlens: Tensor, N: int, P: int, num_tokens: int) -> Tensor:
+    """[N * P + T]: the place in order of each of N pasts of P positions, end to end, and then of each new token."""
+    document = _checked_document_ids(cu_seqlens, num_tokens)
+    of_past = torch.arange(N * P, device=document.device).view(N, P) + cu_seqlens[:-1, None]
+    return torch.cat([of_past.flatten(), torch.arange(num_tokens, device=document.device) + (document + 1) * P])
+
+
+class _Permuted(torch.autograd.Function):
+    """x[source] along the first axis, where every row is taken once: the gradient is a permutation too, not a sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(source, place)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        source, place = ctx.saved_tensors
+        return _Permuted.apply(gradients[0], place, source), None, None
+
+
+def _interleave(past: Tensor, new: Tensor, place: Tensor) -> Tensor:
+    """[1, N * P + T, ...]: past [N, P, ...] of each document before its part of new [1, T, ...], by `_places`."""
+    source = torch.empty_like(place)
+    source[place] = torch.arange(len(place), device=place.device)
+    return _Permuted.apply(torch.cat([past.flatten(0, 1).to(new.dtype), new[0]]), source, place)[None]
 
 
 @torch.library.custom_op("glade::checked_document_ids", mutates_args=())
 def _checked_document_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """`document_ids`, after the checks of the borders' values, which tracing could not do."""
-    document_borders(cu_seqlens, num_tokens)
+    known_borders(cu_seqlens, num_tokens)
     return document_ids(cu_seqlens, num_tokens)
 
 

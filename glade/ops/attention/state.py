@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glade.ops.packing import longest_document
+
 
 class AttentionState(NamedTuple):
     """Keys and values by slot, and how many tokens each row has seen; slots not yet written hold zeros."""
@@ -100,7 +102,7 @@ def next_state(
     else:
         added, start = cu_seqlens.diff().to(torch.int64), cu_seqlens[:-1].to(torch.int64)
         # The one place where a shape depends on a value: without a window the longest document decides the room.
-        most_added = int(added.max()) if window is None and len(added) else 0
+        most_added = longest_document(cu_seqlens, T) if window is None and len(added) else 0
     seen = torch.zeros_like(added) if state is None else state.length
     length = seen + added
     S = window or most_added + (0 if state is None else state.k.shape[1])
@@ -124,7 +126,9 @@ def _take(new: Tensor, token: Tensor, is_new: Tensor, old: Tensor | None, positi
         kept = kept.masked_fill((position < 0)[..., None, None], 0)
     if len(flat) == 0:
         return kept.expand(*position.shape, *new.shape[2:]).contiguous()
-    return torch.where(mask, flat[token.clamp(0, len(flat) - 1)].to(kept.dtype), kept)
+    # rows taken twice are hidden in all places but one: their gradients add up zeros, in any order the same
+    taken = flat.index_select(0, token.clamp(0, len(flat) - 1).flatten()).unflatten(0, token.shape)
+    return torch.where(mask, taken.to(kept.dtype), kept)
 
 
 def write_(state: AttentionState, k: Tensor, v: Tensor, window: int | None, slots: Tensor | None = None) -> None:

@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from glade.errors import BackendError
 from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.packing import document_borders
+from glade.ops.packing import known_borders
 
 MAX_KEY_DIM = 256  # a program holds all key channels of its block of the state
 
@@ -54,11 +53,8 @@ def chunks_of(v: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     return Chunks(size, count, len(lengths), 0, *tables)
 
 
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def checked_borders(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """cu_seqlens after a look at its values, once for each version of a tensor: all layers of a model share one.
+    """cu_seqlens after a look at its values.
 
     A look waits for the device, which a CUDA graph cannot record; while one is captured, nothing is looked at and
     borders are only held to 0 ... T, so that no program leaves its tensors.
@@ -66,12 +62,9 @@ def checked_borders(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     Raises:
         ValueError: the values do not fit.
     """
-    seen = (cu_seqlens._version, num_tokens)
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
         return cu_seqlens.clamp(0, num_tokens).cummax(0).values
-    if _checked.get(cu_seqlens) != seen:
-        document_borders(cu_seqlens, num_tokens)
-        _checked[cu_seqlens] = seen
+    known_borders(cu_seqlens, num_tokens)
     return cu_seqlens
 
 
