@@ -8,12 +8,13 @@ These are leaves: they know shapes and equations, not layers, tokenizers or trai
 order, is the mixers' business (`glade.model.mixers`).
 """
 
-from glade.ops.attention import AttentionState, attention, rope
+from glade.ops.attention import AttentionState, attention
 from glade.ops.cross_entropy import linear_cross_entropy
 from glade.ops.linear_attention import linear_attention, linear_attention_step_
 from glade.ops.log_decay import log_decay
 from glade.ops.rms_norm import add_rms_norm, rms_norm
 from glade.ops.rnn import rnn
+from glade.ops.rope import rope
 from glade.ops.short_conv import short_conv
 from glade.ops.swiglu import swiglu
 

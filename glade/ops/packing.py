@@ -5,11 +5,39 @@ document i is tokens cu_seqlens[i] : cu_seqlens[i + 1]. It starts at 0, never fa
 be empty.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+Answer = TypeVar("Answer")
+
+
+def once(ask: Callable[..., Answer]) -> Callable[..., Answer]:
+    """`ask(cu_seqlens, *numbers)`, once for each version of a tensor: all layers of a model share the answer.
+
+    Not where a compiler looks on, which would see the first call only, nor while a CUDA graph is recorded: what it
+    reads must outlive it.
+    """
+    answers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    @wraps(ask)
+    def known_or_asked(cu_seqlens: Tensor, *numbers: int) -> Answer:
+        if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or cu_seqlens.is_inference():
+            return ask(cu_seqlens, *numbers)
+        if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+            return ask(cu_seqlens, *numbers)
+        asked = cu_seqlens._version, *numbers
+        known = answers.get(cu_seqlens)
+        if known is None or known[0] != asked:
+            with torch.inference_mode(False):  # else nothing could be trained with what is kept
+                known = answers[cu_seqlens] = asked, ask(cu_seqlens, *numbers)
+        return known[1]
+
+    return known_or_asked
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int) -> int:
@@ -30,12 +58,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int) -> int:
 
 
 def document_borders(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
-    """The borders as Python numbers, after the checks that need their values (one device synchronisation).
+    """The borders as Python numbers, after the checks that need their values (one look at a device).
 
     Raises:
         ValueError: it does not start at 0, falls somewhere, or does not end at `num_tokens`.
     """
-    borders = cu_seqlens.tolist()
+    return list(_checked_borders(cu_seqlens, num_tokens))
+
+
+@once
+def _checked_borders(cu_seqlens: Tensor, num_tokens: int) -> tuple[int, ...]:
+    borders = tuple(cu_seqlens.tolist())
     if borders[0] != 0 or borders[-1] != num_tokens:
         raise ValueError(f"cu_seqlens runs from {borders[0]} to {borders[-1]}; it must run from 0 to T = {num_tokens}")
     for i in range(len(borders) - 1):
@@ -44,31 +77,22 @@ def document_borders(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
     return borders
 
 
-def known_borders(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
-    """`document_borders`, asked once for each version of a tensor: all layers of a model share one look at a GPU."""
-    if cu_seqlens.is_inference():  # has no version
-        return document_borders(cu_seqlens, num_tokens)
-    asked = cu_seqlens._version, num_tokens
-    known = _known.get(cu_seqlens)
-    if known is None or known[0] != asked:
-        known = _known[cu_seqlens] = asked, document_borders(cu_seqlens, num_tokens)
-    return known[1]
-
-
 def longest_document(cu_seqlens: Tensor, num_tokens: int) -> int:
     """The most tokens of a document: a number that depends on values, so that tracing stops at it."""
     if torch.compiler.is_compiling():
         return int(cu_seqlens.diff().max())
-    borders = known_borders(cu_seqlens, num_tokens)
+    borders = document_borders(cu_seqlens, num_tokens)
     return max(borders[i + 1] - borders[i] for i in range(len(borders) - 1))
 
 
+@once
 def document_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[T] int64: which document each token belongs to."""
     ends = cu_seqlens[1:].to(torch.int64)
     return torch.searchsorted(ends, torch.arange(num_tokens, device=ends.device), right=True)
 
 
+@once
 def document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[T] int64: how many tokens of its own document stand before each token."""
     starts = cu_seqlens.to(torch.int64)[document_ids(cu_seqlens, num_tokens)]

@@ -1,11 +1,12 @@
-"""The GPU kernels of rms_norm, swiglu and log_decay against the definitions in fp64: on the device, and on the CPU in
-Triton's interpreter."""
+"""The GPU kernels of rms_norm, swiglu, log_decay and rope against the definitions in fp64: on the device, and in
+Triton's interpreter on the CPU."""
 
 import pytest
 import torch
 
 from glade.ops.log_decay import reference as log_decay_reference
 from glade.ops.rms_norm import reference as rms_norm_reference
+from glade.ops.rope import eager
 from glade.ops.swiglu import reference as swiglu_reference
 from glade.ops.tolerances import TOLERANCES, relative_error
 
@@ -37,13 +38,26 @@ def cases(n):
         "swiglu": ([(*tokens, 2 * n)], swiglu_reference.swiglu),
         "softplus": ([(*tokens, n), (n,), (n,)], decay("softplus")),
         "logsigmoid": ([(*tokens, n), (n,)], decay("logsigmoid")),
+        "rope": ([(*heads, n)], turned(eager.rope, n - n % 2)),
+        "rope, part": ([(*heads, n)], turned(eager.rope, n // 3 * 2, of_rows=True)),
     }
 
 
-def kernels():
+def turned(rope, dims, of_rows=False):
+    """`rope` at positions that are all rows' or each row's own."""
+
+    def run(x):
+        positions = torch.arange(x.shape[1], device=x.device)
+        return rope(x, torch.stack([positions + 3, positions.flip(0)]) if of_rows else positions, 100.0, dims)
+
+    return run
+
+
+def kernels(n):
     """name -> the same by the kernels."""
     from glade.ops.log_decay.triton.op import log_decay
     from glade.ops.rms_norm.triton.op import add_rms_norm, rms_norm
+    from glade.ops.rope.triton.op import rope
     from glade.ops.swiglu.triton.op import swiglu
 
     return {
@@ -54,6 +68,8 @@ def kernels():
         "swiglu": swiglu,
         "softplus": lambda z, rate, bias: log_decay(z, rate, bias, "softplus"),
         "logsigmoid": lambda z, rate: log_decay(z, rate, None, "logsigmoid"),
+        "rope": turned(rope, n - n % 2),
+        "rope, part": turned(rope, n // 3 * 2, of_rows=True),
     }
 
 
@@ -79,7 +95,7 @@ def leaves_of(sizes, device, dtype, scale=1.0):
 def worst(name, n, device, dtype, scale=1.0):
     sizes, reference = cases(n)[name]
     leaves = leaves_of(sizes, device, dtype, scale)
-    found, exact = run(kernels()[name], leaves, dtype), run(reference, [x.double() for x in leaves], dtype)
+    found, exact = run(kernels(n)[name], leaves, dtype), run(reference, [x.double() for x in leaves], dtype)
     assert all(x.shape == y.shape for x, y in zip(found, exact, strict=True))
     return max(relative_error(x, y) for x, y in zip(found, exact, strict=True))
 
@@ -104,9 +120,11 @@ def test_extreme_inputs(name):
 def test_the_same_call_gives_the_same_bits(name):
     leaves = leaves_of(cases(1024)[name][0], "cuda", torch.bfloat16)
     leaves = [x.repeat(40, *[1] * (x.dim() - 1)) if x.dim() > 1 else x for x in leaves]
-    first = run(kernels()[name], leaves, torch.bfloat16)
+    first = run(kernels(1024)[name], leaves, torch.bfloat16)
     for _ in range(3):
-        assert all(torch.equal(x, y) for x, y in zip(first, run(kernels()[name], leaves, torch.bfloat16), strict=True))
+        assert all(
+            torch.equal(x, y) for x, y in zip(first, run(kernels(1024)[name], leaves, torch.bfloat16), strict=True)
+        )
 
 
 @gpu
@@ -150,5 +168,5 @@ def no_tokens():
     for name in cases(1):
         sizes, _ = cases(8)[name]
         leaves = leaves_of([(0, *s[1:]) if len(s) > 1 else s for s in sizes], "cpu", torch.float32)
-        for gradient, leaf in zip(run(kernels()[name], leaves, torch.float32)[-len(leaves) :], leaves, strict=True):
+        for gradient, leaf in zip(run(kernels(8)[name], leaves, torch.float32)[-len(leaves) :], leaves, strict=True):
             assert gradient.shape == leaf.shape and not gradient.any()

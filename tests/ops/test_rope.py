@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from glade.ops.attention import rope
+from glade.ops import rope
 
 
 def test_golden_numbers() -> None:

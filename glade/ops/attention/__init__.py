@@ -4,7 +4,7 @@
 
 q [B, T, H, K], k [B, S, HKV, K], v [B, S, HKV, V]; the softmax is fp32 (fp64 for fp64 inputs), o has v's dtype. A token
 sees itself and what came before it in its own sequence; with a window w, itself and the w - 1 before it, in O(T w) time
-and O(T + w) memory. It knows nothing of projections; positions enter through `rope`, on q and k, before the call.
+and O(T + w) memory. It knows nothing of projections; positions enter through `glade.ops.rope`, before the call.
 
 Sources: Vaswani et al. 2017, arXiv:1706.03762; windows as in arXiv:2004.05150, section 3.1; grouped heads
 arXiv:2305.13245.
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from glade.errors import BackendError
 from glade.ops.attention import fused, reference
-from glade.ops.attention.rope import rope
 from glade.ops.attention.scores import (
     AdditiveWeight,
     Score,
@@ -39,7 +38,6 @@ __all__ = [
     "attention_step_",
     "empty_state",
     "reserve",
-    "rope",
 ]
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, AttentionState | None]]] = {

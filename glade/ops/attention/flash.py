@@ -4,7 +4,8 @@ Sequences lie end to end, each one's keys ending with those of its own queries, 
 is aligned at the end, is ours. Where a state has seen less than it has room for, the slots before its first key are
 given to a sequence of their own that has no queries: no shape depends on a value, and their gradients are zeros.
 
-The backward sums in a fixed order: torch's own choice is atomics, which give other bits each time.
+The backward sums in a fixed order: torch's own choice is atomics, which give other bits each time. (With 256 channels a
+head dq still differs from call to call, in its last bits: torch 2.11 on an H200.)
 Source: Dao 2023, arXiv:2307.08691.
 """
 
@@ -19,6 +20,7 @@ from torch.utils import deterministic
 from glade.ops.attention.layout import keys_in_order
 from glade.ops.attention.state import AttentionState
 from glade.ops.packing import longest_document
+from glade.ops.register import differentiable
 
 MAX_HEAD_DIM = 256
 
@@ -49,16 +51,18 @@ def attention(
     """o [B, T, H, K] of `glade.ops.attention.attention`, in v's dtype."""
     B, T = q.shape[:2]
     k, v_seen, P = keys_in_order(k, v, window, state, cu_seqlens)
-    starts = torch.arange(B + 1, device=q.device) * T if cu_seqlens is None else cu_seqlens.to(torch.int64)
-    key_starts = starts + torch.arange(len(starts), device=q.device) * P
+    starts = torch.arange(B + 1, device=q.device) * T if cu_seqlens is None else cu_seqlens
+    key_starts = starts
     if state is not None:
         unseen = (P - state.length).clamp(min=0)
-        key_starts = _twice(key_starts, unseen)
-        starts = _twice(starts, torch.zeros_like(unseen))
+        key_starts = starts + torch.arange(len(starts), device=q.device) * P
+        key_starts = key_starts.repeat_interleave(2)[:-1]
+        key_starts[1::2] += unseen
+        starts = starts.repeat_interleave(2)[:-1]
     dtype = _dtype(q, k, v_seen)
     queries, keys, values = (x.to(dtype).flatten(0, 1) for x in (q, k, v_seen))
     borders = [x.to(torch.int32) for x in (starts, key_starts)]
-    o, _ = _forward(queries, keys, values, *borders, cu_seqlens, T, P, scale, window)
+    (o, *_) = _flash(queries, keys, values, *borders, cu_seqlens, T, P, scale, window)
     return o.view(B, T, *o.shape[1:]).to(v.dtype)
 
 
@@ -66,18 +70,16 @@ def _dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
 
-def _twice(borders: Tensor, skipped: Tensor) -> Tensor:
-    """Borders [N + 1] of sequences as those of 2 N: the first `skipped` [N] of each, then the rest of it."""
-    return torch.cat([torch.stack([borders[:-1], borders[:-1] + skipped], 1).flatten(), borders[-1:]])
-
-
 def _longest(cu_seqlens: Tensor | None, T: int) -> int:
     """The most queries of a sequence; any number from there on is right, and costs programs that find nothing to do."""
     return T if cu_seqlens is None or torch.cuda.is_current_stream_capturing() else longest_document(cu_seqlens, T)
 
 
-@torch.library.custom_op("glade::flash_attention", mutates_args=())
-def _forward(
+def _seen(window: int | None) -> dict[str, int]:
+    return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+
+
+def _kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -88,25 +90,15 @@ def _forward(
     P: int,
     scale: float,
     window: int | None,
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
+    """o, and the logarithms of the softmax's sums."""
     longest = _longest(cu_seqlens, T)
-    o, lse, *_ = torch.ops.aten._flash_attention_forward(
+    return torch.ops.aten._flash_attention_forward(
         q, k, v, starts, key_starts, longest, P + longest, 0.0, window is None, False, scale=scale, **_seen(window)
-    )
-    return o, lse
+    )[:2]
 
 
-def _seen(window: int | None) -> dict[str, int]:
-    return {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
-
-
-@_forward.register_fake
-def _(q, k, v, starts, key_starts, cu_seqlens, T, P, scale, window):
-    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("glade::flash_attention_backward", mutates_args=())
-def _backward(
+def _kernel_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -130,11 +122,6 @@ def _backward(
         )  # fmt: skip
 
 
-@_backward.register_fake
-def _(do, q, k, v, o, lse, starts, key_starts, cu_seqlens, T, P, scale, window):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
 @contextmanager
 def _in_order() -> Iterator[None]:
     """torch's algorithms that sum in a fixed order, whatever the caller chose, and no filling of new memory."""
@@ -150,14 +137,30 @@ def _in_order() -> Iterator[None]:
         memory.fill_uninitialized_memory = filled
 
 
-def _setup_context(ctx, inputs, output):
+def _like(q, k, v, starts, key_starts, cu_seqlens, T, P, scale, window):
+    return [torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)]
+
+
+def _gradients_like(do, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
     q, k, v, starts, key_starts, cu_seqlens, *ctx.numbers = inputs
     ctx.save_for_backward(q, k, v, *output, starts, key_starts, cu_seqlens)
 
 
-def _autograd_backward(ctx, do, _):
-    dq, dk, dv = _backward(do, *ctx.saved_tensors, *ctx.numbers)
-    return dq, dk, dv, *[None] * 7
+def _gradients(backward, ctx, do):
+    return *backward(do, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+_flash = differentiable(
+    "flash_attention",
+    _kernel,
+    _kernel_backward,
+    like=_like,
+    gradients_like=_gradients_like,
+    save=_save,
+    gradients=_gradients,
+    returned=1,
+)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from glade.ops.attention.state import AttentionState, history
-from glade.ops.packing import document_ids, known_borders
+from glade.ops.packing import document_borders, document_ids, once
 
 
 class Visible(NamedTuple):
@@ -32,8 +32,8 @@ def keys_in_order(
     if cu_seqlens is None:
         k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(past, (k, v), strict=True))
     else:
-        place = _places(cu_seqlens, len(past[0]), P, k.shape[1])
-        k, v = (_interleave(old, new, place) for old, new in zip(past, (k, v), strict=True))
+        order = _interleaved(cu_seqlens, P, k.shape[1])
+        k, v = (_interleave(old, new, *order) for old, new in zip(past, (k, v), strict=True))
     return k, v, P
 
 
@@ -48,7 +48,7 @@ def visible_keys(
         own = token + P
         start = torch.zeros_like(own) if state is None else (P - state.length).clamp(min=0)[:, None]
     else:
-        document = _checked_document_ids(cu_seqlens, T)
+        document = _document_of_tokens(cu_seqlens, T)
         own = token + (document + 1) * P
         start = document * P + cu_seqlens.to(torch.int64)[document]
         if state is not None:
@@ -57,11 +57,18 @@ def visible_keys(
     return Visible(k, v, first if first.dim() == 2 else first[None], own[None])
 
 
-def _places(cu_seqlens: Tensor, N: int, P: int, num_tokens: int) -> Tensor:
-    """[N * P + T]: the place in order of each of N pasts of P positions, end to end, and then of each new token."""
-    document = _checked_document_ids(cu_seqlens, num_tokens)
-    of_past = torch.arange(N * P, device=document.device).view(N, P) + cu_seqlens[:-1, None]
-    return torch.cat([of_past.flatten(), torch.arange(num_tokens, device=document.device) + (document + 1) * P])
+@once
+def _interleaved(cu_seqlens: Tensor, P: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Of N pasts of P positions, end to end, and then the new tokens: which of them stands at each place when every
+    document's past stands before it, and the place of each; [N * P + T] both.
+    """
+    document = _document_of_tokens(cu_seqlens, num_tokens)
+    device = document.device
+    pasts = torch.arange((len(cu_seqlens) - 1) * P, device=device).view(-1, P) + cu_seqlens[:-1, None]
+    place = torch.cat([pasts.flatten(), torch.arange(num_tokens, device=device) + (document + 1) * P])
+    source = torch.empty_like(place)
+    source[place] = torch.arange(len(place), device=device)
+    return source, place
 
 
 class _Permuted(torch.autograd.Function):
@@ -78,20 +85,24 @@ class _Permuted(torch.autograd.Function):
         return _Permuted.apply(gradients[0], place, source), None, None
 
 
-def _interleave(past: Tensor, new: Tensor, place: Tensor) -> Tensor:
-    """[1, N * P + T, ...]: past [N, P, ...] of each document before its part of new [1, T, ...], by `_places`."""
-    source = torch.empty_like(place)
-    source[place] = torch.arange(len(place), device=place.device)
+def _interleave(past: Tensor, new: Tensor, source: Tensor, place: Tensor) -> Tensor:
+    """[1, N * P + T, ...]: past [N, P, ...] of each document before its part of new [1, T, ...], by `_interleaved`."""
     return _Permuted.apply(torch.cat([past.flatten(0, 1).to(new.dtype), new[0]]), source, place)[None]
 
 
-@torch.library.custom_op("glade::checked_document_ids", mutates_args=())
-def _checked_document_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """`document_ids`, after the checks of the borders' values, which tracing could not do."""
-    known_borders(cu_seqlens, num_tokens)
+def _document_of_tokens(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """`document_ids`, after the checks of the borders' values, which tracing cannot do: it leaves them to an op."""
+    return (_checked_op if torch.compiler.is_compiling() else _checked_ids)(cu_seqlens, num_tokens)
+
+
+def _checked_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    document_borders(cu_seqlens, num_tokens)
     return document_ids(cu_seqlens, num_tokens)
 
 
-@_checked_document_ids.register_fake
+_checked_op = torch.library.custom_op("glade::checked_document_ids", _checked_ids, mutates_args=())
+
+
+@_checked_op.register_fake
 def _(cu_seqlens, num_tokens):
     return cu_seqlens.new_empty(num_tokens, dtype=torch.int64)

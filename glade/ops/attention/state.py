@@ -62,10 +62,14 @@ def check_state(state: AttentionState, num_rows: int, k: Tensor, v: Tensor, wind
 def check_no_ring(state: AttentionState) -> None:
     """Raises ValueError if the state is a ring that has gone round, which attention without a window cannot continue.
 
-    Reads a value: a synchronisation on a GPU, and nothing that tracing could do.
+    Reads a value, which tracing cannot do. A GPU, which would have to be waited for at every layer, looks by itself and
+    stops with an error of its own.
     """
     S = state.k.shape[1]
-    if len(state.length) and int(state.length.max()) > S:
+    if state.length.is_cuda:
+        told = f"a state holds {S} tokens but has seen more: give its window"
+        torch.ops.aten._assert_async((state.length <= S).all(), told)
+    elif len(state.length) and int(state.length.max()) > S:
         raise ValueError(
             f"state has seen {int(state.length.max())} tokens but holds {S}: it is the ring of a window of {S}; "
             "give that window"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from glade.errors import BackendError
 from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.packing import known_borders
+from glade.ops.packing import document_borders
 
 MAX_KEY_DIM = 256  # a program holds all key channels of its block of the state
 
@@ -64,7 +64,7 @@ def checked_borders(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
         return cu_seqlens.clamp(0, num_tokens).cummax(0).values
-    known_borders(cu_seqlens, num_tokens)
+    document_borders(cu_seqlens, num_tokens)
     return cu_seqlens
 
 

@@ -11,8 +11,20 @@ Source: Su et al., RoFormer, arXiv:2104.09864, section 3.2.
 import torch
 from torch import Tensor
 
+from glade.ops.backends import Backend, choose
+from glade.ops.rope import eager, triton
 
-def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, dims: int | None = None) -> Tensor:
+__all__ = ["BACKENDS", "rope"]
+
+BACKENDS: dict[str, Backend] = {
+    "triton": Backend(triton.rope, triton.refuses),
+    "torch": Backend(eager.rope),
+}
+
+
+def rope(
+    x: Tensor, positions: Tensor, *, theta: float = 10000.0, dims: int | None = None, backend: str = "auto"
+) -> Tensor:
     """Turns the first `dims` channels of every head and leaves the others as they are.
 
     Args:
@@ -20,12 +32,14 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, dims: int | No
         positions: [T] or [B, T] int64, the first token of a document at 0
         theta:     base of the wave lengths, which run from 2 pi to about 2 pi theta tokens
         dims:      how many channels are turned, even; None is all K
+        backend:   "torch", "triton" (on NVIDIA GPUs), or "auto": the fastest installed
 
     Returns:
         [B, T, H, K] in x's dtype; angles and products are fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: a shape or dtype that does not fit, or `dims` that is odd or more than K.
+        ValueError: a shape or dtype that does not fit, or `dims` that is odd or more than K. BackendError: `backend`
+        cannot serve x.
     """
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}; give floating-point [B, T, H, K]")
@@ -39,10 +53,4 @@ def rope(x: Tensor, positions: Tensor, *, theta: float = 10000.0, dims: int | No
         raise ValueError(f"dims is {dims}; give an even number from 0 to the {K} channels of a head")
     if theta <= 0:
         raise ValueError(f"theta is {theta}; give a positive number")
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    pair = torch.arange(0, dims, 2, device=x.device, dtype=dtype)
-    angle = positions[..., None, None].to(dtype) * theta ** (-pair / max(dims, 1))  # [T, 1, dims / 2] or [B, T, 1, ...]
-    cos, sin = angle.cos(), angle.sin()
-    low, high, rest = x.split([dims // 2, dims // 2, K - dims], -1)
-    turned = torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)
-    return torch.cat([turned, rest], -1) if dims < K else turned
+    return BACKENDS[choose("rope", BACKENDS, backend, x.device, x.dtype)].run(x, positions, theta, dims)
