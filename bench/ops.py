@@ -3,22 +3,31 @@
     python bench/ops.py                                     # every corner, the three shapes of 32,768 tokens
     python bench/ops.py --corners gdn2 --shapes 16x2048     # one of them
     python bench/ops.py --corners gla --heads 4x256x512     # other heads: number, K, V
-    python bench/ops.py --out bench/results/ops_h100.csv
+    python bench/ops.py --cold glade --shapes               # the first call of every corner, nothing compiled before
+    python bench/ops.py --out bench/results/ops_h200.csv    # adds to the file; bench/plot_ops.py draws it
 
 bf16 inputs, g fp32, state from zeros, 16 heads of K = V = 128 unless said otherwise. `glade, recomputing` keeps the
 inputs only for the backward. Peers (flash-linear-attention where `import fla` works, FlashQLA where `import flash_qla`
 does) run on the same inputs, a call of theirs after each of ours. Times are medians with the 20th and 80th percentile
 of CUDA-event times; `bytes` counts every input read once and every output and gradient written once, and `copy_share`
-is their time at the bandwidth of a large copy, measured first, over the median. Nothing is timed before it is
-compared, gradients too, with backend `torch` in fp64 on the same inputs.
+is their time at the bandwidth of a large copy, measured first, over the median; `ratio` is a peer's median over that of
+`glade`. Nothing is timed before it is compared, gradients too, with backend `torch` in fp64 on the same inputs. A first
+call is timed in a process of its own, with empty folders for what Triton, Inductor and TileLang compile.
+
+FLA 0.6.0 refuses gated products with a scalar decay on Hopper with Triton 3.4 to 3.7.0, since their gradients are
+wrong there unless TileLang is installed; such a peer is left out, and why is printed. `--lift-refusal` times it
+nevertheless, as "fla, refusal lifted".
 """
 
 import argparse
 import csv
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -31,7 +40,7 @@ from glade.ops.linear_attention import linear_attention, recomputing
 from glade.ops.linear_attention.parity import CORNERS, Shape, errors_between, failures, make_inputs
 
 COLUMNS = ["op", "provider", "mode", "shape", "dtype", "device", "versions", "median_ms", "p20_ms", "p80_ms", "bytes"]
-COLUMNS += ["copy_share", "peak_bytes", "first_call_s", "command"]
+COLUMNS += ["copy_share", "ratio", "peak_bytes", "first_call_s", "command"]
 # the function of fla.ops that computes a corner, and its keyword for g
 PEERS = {
     "scalar-decay": ("simple_gla", "chunk_simple_gla"),
@@ -54,18 +63,41 @@ def glade_op_recomputing(inputs: Inputs) -> Tensor:
         return glade_op(inputs)
 
 
-def peer_ops(corner: str) -> Iterator[tuple[str, Callable[[Inputs], Tensor]]]:
+def peer_ops(corner: str, lift_refusal: bool = False) -> Iterator[tuple[str, Callable[[Inputs], Tensor]]]:
     """The peers' ops by name, on the same tensors: erase stands for their beta where both gates are one scalar."""
     found = []
     if corner in PEERS and find_spec("fla") is not None:
         module, name = PEERS[corner]
-        found.append(("fla", getattr(import_module(f"fla.ops.{module}"), name)))
+        if lift_refusal:
+            vars(import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
+        lifted = lift_refusal and corner in ("gdn", "scalar-decay")
+        found.append(("fla, refusal lifted" if lifted else "fla", getattr(import_module(f"fla.ops.{module}"), name)))
     if corner == "gdn" and find_spec("flash_qla") is not None:
         found.append(("flashqla", import_module("flash_qla").chunk_gated_delta_rule))
     names = {"delta": ("erase",), "gdn": ("g", "erase"), "kda": ("g", "erase"), "gdn2": ("g", "erase", "write")}
     gates = names.get(corner, ("g",))
     for name, op in found:
         yield name, lambda inputs, op=op: op(inputs["q"], inputs["k"], inputs["v"], *(inputs[x] for x in gates))[0]
+
+
+def both_ways(op: Callable[[Inputs], Tensor], inputs: Inputs, do: Tensor) -> None:
+    torch.autograd.grad(op(inputs), list(inputs.values()), do, allow_unused=True)
+
+
+def able(
+    providers: dict[str, Callable[[Inputs], Tensor]], inputs: Inputs, do: Tensor
+) -> dict[str, Callable[[Inputs], Tensor]]:
+    """Those that run; of a peer that does not, why not is printed."""
+    ran = {}
+    for name, op in providers.items():
+        try:
+            both_ways(op, inputs, do)
+            ran[name] = op
+        except Exception as error:
+            if name.startswith("glade"):
+                raise
+            print(f"{name} left out: {str(error)[:200]}", flush=True)
+    return ran
 
 
 def event_ms(work: Callable[[], object]) -> float:
@@ -106,51 +138,83 @@ def inputs_of(corner: str, B: int, T: int, heads: tuple[int, int, int]) -> Input
 
 
 def rows_of(
-    corner: str, B: int, T: int, heads: tuple[int, int, int], bandwidth: float, repeats: int
+    corner: str, B: int, T: int, heads: tuple[int, int, int], bandwidth: float, repeats: int, lift_refusal: bool
 ) -> Iterator[dict[str, object]]:
     inputs = inputs_of(corner, B, T, heads)
     wrong = failures(errors_between({"state": None, **gates_absent(), **inputs}, "triton", "torch"), torch.bfloat16)
     if wrong:
         raise SystemExit(f"{corner} {B}x{T}: not timed, since it is wrong: {wrong}")
-    leaves = list(inputs.values())
     do = torch.randn_like(inputs["v"])
-    providers = {"glade": glade_op, "glade, recomputing": glade_op_recomputing, **dict(peer_ops(corner))}
+    providers = {"glade": glade_op, "glade, recomputing": glade_op_recomputing}
+    providers = able({**providers, **dict(peer_ops(corner, lift_refusal))}, inputs, do)
     modes: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward+backward": {}}
-    first_call_s, peak_bytes = {}, {}
+    peak_bytes = {}
     for name, op in providers.items():
         modes["forward"][name] = lambda op=op: op(inputs)
-        modes["forward+backward"][name] = lambda op=op: torch.autograd.grad(op(inputs), leaves, do, allow_unused=True)
-        begin = time.perf_counter()
-        modes["forward+backward"][name]()
-        torch.cuda.synchronize()
-        first_call_s[name] = time.perf_counter() - begin
+        modes["forward+backward"][name] = lambda op=op: both_ways(op, inputs, do)
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         modes["forward+backward"][name]()
         peak_bytes[name] = torch.cuda.max_memory_allocated() - held
-    forward_bytes = sum(x.nbytes for x in leaves) + do.nbytes
+    leaf_bytes = sum(x.nbytes for x in inputs.values())
+    forward_bytes = leaf_bytes + do.nbytes
     # forward reads the inputs and writes o; backward reads the inputs and do and writes their gradients
-    moved = {"forward": forward_bytes, "forward+backward": 2 * forward_bytes + sum(x.nbytes for x in leaves)}
+    moved = {"forward": forward_bytes, "forward+backward": 2 * forward_bytes + leaf_bytes}
     for mode, works in modes.items():
-        for name, times in interleaved_ms(works, repeats).items():
-            p20, median, p80 = (torch.tensor(times).quantile(x).item() for x in (0.2, 0.5, 0.8))
+        quantiles = {
+            name: [torch.tensor(times).quantile(x).item() for x in (0.2, 0.5, 0.8)]
+            for name, times in interleaved_ms(works, repeats).items()
+        }
+        for name, (p20, median, p80) in quantiles.items():
             yield {
                 "op": corner,
                 "provider": name,
                 "mode": mode,
                 "shape": f"B{B} T{T} H{heads[0]} K{heads[1]} V{heads[2]}",
-                "dtype": "bfloat16",
-                "device": torch.cuda.get_device_name(),
-                "versions": versions(),
+                **run_by(),
                 "median_ms": round(median, 4),
                 "p20_ms": round(p20, 4),
                 "p80_ms": round(p80, 4),
                 "bytes": moved[mode],
                 "copy_share": round(moved[mode] / bandwidth * 1e3 / median, 3),
+                "ratio": round(median / quantiles["glade"][1], 3),
                 "peak_bytes": peak_bytes[name],
-                "first_call_s": round(first_call_s[name], 1),
-                "command": " ".join(["python", *sys.argv]),
             }
+
+
+def run_by() -> dict[str, object]:
+    return {
+        "dtype": "bfloat16",
+        "device": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def cold_row(corner: str, provider: str, heads: tuple[int, int, int]) -> dict[str, object]:
+    """The first forward and backward of a process that finds nothing compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {name: folder for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TILELANG_CACHE_DIR")}
+        named = ["--first-call", provider, "--corners", corner, "--heads", "x".join(map(str, heads))]
+        command = [sys.executable, __file__, *named]
+        ran = subprocess.run(command, env={**os.environ, **caches}, capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise SystemExit(f"the first call of {provider} for {corner} failed: {ran.stderr[-2000:]}")
+    shape = f"B16 T2048 H{heads[0]} K{heads[1]} V{heads[2]}"
+    seconds = float(ran.stdout.split()[-1])
+    return {"op": corner, "provider": provider, "mode": "first call", "shape": shape, **run_by(),
+            "first_call_s": round(seconds, 2)}  # fmt: skip
+
+
+def first_call_s(corner: str, provider: str, heads: tuple[int, int, int]) -> float:
+    inputs = inputs_of(corner, 16, 2048, heads)
+    op = {"glade": glade_op, **dict(peer_ops(corner))}[provider]
+    do = torch.randn_like(inputs["v"])
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    both_ways(op, inputs, do)
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def gates_absent() -> dict[str, None]:
@@ -170,28 +234,43 @@ def versions() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corners", nargs="+", default=list(CORNERS), choices=list(CORNERS))
-    parser.add_argument("--shapes", nargs="+", default=["16x2048", "4x8192", "1x32768"], help="batch x tokens")
+    parser.add_argument("--shapes", nargs="*", default=["16x2048", "4x8192", "1x32768"], help="batch x tokens")
     parser.add_argument("--heads", default="16x128x128", help="heads x K x V")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--cold", nargs="+", default=[], help="whose first call is timed as well: glade, fla, flashqla")
+    parser.add_argument("--lift-refusal", action="store_true", help="let FLA run what it refuses on Hopper")
+    parser.add_argument("--out", type=Path, help="CSV file to append to")
+    parser.add_argument("--first-call", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("these are GPU kernels: run this on a machine with a CUDA device")
     H, K, V = map(int, arguments.heads.split("x"))
+    if arguments.first_call:
+        print(first_call_s(arguments.corners[0], arguments.first_call, (H, K, V)))
+        return
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, {versions()}")
-    rows = []
     for corner in arguments.corners:
+        for provider in arguments.cold:
+            tell([cold_row(corner, provider, (H, K, V))], arguments.out)
         for shape in arguments.shapes:
             B, T = map(int, shape.split("x"))
-            for row in rows_of(corner, B, T, (H, K, V), bandwidth, arguments.repeats):
-                rows.append(row)
-                print(*(f"{name} {row[name]}" for name in COLUMNS[:4] + COLUMNS[7:14]), flush=True)
-    if arguments.out is not None:
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+            rows = rows_of(corner, B, T, (H, K, V), bandwidth, arguments.repeats, arguments.lift_refusal)
+            tell(rows, arguments.out)
+
+
+def tell(rows: Iterable[dict[str, object]], out: Path | None) -> None:
+    """Prints rows as they come, and adds them to a file."""
+    for row in rows:
+        told = ("op", "provider", "mode", "shape", "median_ms", "p20_ms", "p80_ms", "copy_share", "ratio", "peak_bytes")
+        print(*(f"{name} {row[name]}" for name in (*told, "first_call_s") if name in row), flush=True)
+        if out is not None:
+            new = not out.exists()
+            with out.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
 
 
 if __name__ == "__main__":
