@@ -1,6 +1,7 @@
 """What every launch needs: kinds of gates, strides, the device, and where the chunks of a call lie."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,14 @@ def kind_of(gate: Tensor | None, num_axes: int) -> int:
 def constants(*numbers: int) -> tuple:
     """Numbers that a kernel is compiled for. A model does not change them, and with them the addresses of a tile are
     one register and fixed distances: without, registers spill."""
-    return tuple(tl.constexpr(n) for n in numbers)
+    return tuple(map(_constant, numbers))
+
+
+@cache
+def _constant(number: int) -> tl.constexpr:
+    """The same object each time: Triton compares a launch's arguments with those of launches before, and is done with
+    an object that is the same."""
+    return tl.constexpr(number)
 
 
 def strides_of(x: Tensor | None) -> tuple:
