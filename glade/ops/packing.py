@@ -22,7 +22,7 @@ def once(ask: Callable[..., Answer]) -> Callable[..., Answer]:
     Not where a compiler looks on, which would see the first call only, nor while a CUDA graph is recorded: what it
     reads must outlive it.
     """
-    answers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    answers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its version, and an answer by numbers
 
     @wraps(ask)
     def known_or_asked(cu_seqlens: Tensor, *numbers: int) -> Answer:
@@ -30,12 +30,14 @@ def once(ask: Callable[..., Answer]) -> Callable[..., Answer]:
             return ask(cu_seqlens, *numbers)
         if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
             return ask(cu_seqlens, *numbers)
-        asked = cu_seqlens._version, *numbers
-        known = answers.get(cu_seqlens)
-        if known is None or known[0] != asked:
+        version, known = answers.get(cu_seqlens) or (None, {})
+        if version != cu_seqlens._version:
+            known = {}
+            answers[cu_seqlens] = cu_seqlens._version, known
+        if numbers not in known:
             with torch.inference_mode(False):  # else nothing could be trained with what is kept
-                known = answers[cu_seqlens] = asked, ask(cu_seqlens, *numbers)
-        return known[1]
+                known[numbers] = ask(cu_seqlens, *numbers)
+        return known[numbers]
 
     return known_or_asked
 

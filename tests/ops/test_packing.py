@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glade.ops.packing import check_cu_seqlens, document_borders, document_ids, document_positions
+from glade.ops.packing import check_cu_seqlens, document_borders, document_ids, document_positions, once
 
 
 def test_an_example_with_empty_documents() -> None:
@@ -58,3 +58,27 @@ def test_checks_without_values(cu_seqlens, batch, message) -> None:
 def test_checks_of_values(borders, message) -> None:
     with pytest.raises(ValueError, match=message):
         document_borders(torch.tensor(borders), 5)
+
+
+def test_what_is_asked_once() -> None:
+    asked = []
+
+    @once
+    def ask(borders, number):
+        asked.append(number)
+        if number < 0:
+            raise ValueError("no")
+        return borders + number
+
+    borders = torch.tensor([0, 2, 5])
+    with torch.inference_mode():
+        first = ask(borders, 1)
+    assert not first.is_inference() and ask(borders, 1) is first and ask(borders, 2) is not first
+    assert ask(borders, 1) is first and asked == [1, 2]
+    borders[1] = 3
+    assert ask(borders, 1).tolist() == [1, 4, 6] and asked == [1, 2, 1]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            ask(borders, -1)
+    assert asked == [1, 2, 1, -1, -1]
+    assert ask(borders.clone(), 1) is not ask(borders, 1)

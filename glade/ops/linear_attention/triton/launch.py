@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glade.errors import BackendError
 from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.packing import document_borders
+from glade.ops.packing import document_borders, once
 
 MAX_KEY_DIM = 256  # a program holds all key channels of its block of the state
 
@@ -41,17 +41,23 @@ def chunks_of(v: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     count = max_chunks(B, T, cu_seqlens, size)
     if cu_seqlens is None:
         return Chunks(size, count, B, -(-T // size), None, None, None)
-    borders = checked_borders(cu_seqlens, T).to(torch.int64)
+    return Chunks(size, count, len(cu_seqlens) - 1, 0, *_packed_chunks(cu_seqlens, T, size))
+
+
+@once
+def _packed_chunks(cu_seqlens: Tensor, num_tokens: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`starts`, `ends` and `firsts` of `Chunks`."""
+    count = max_chunks(1, num_tokens, cu_seqlens, size)
+    borders = checked_borders(cu_seqlens, num_tokens).to(torch.int64)
     lengths = borders[1:] - borders[:-1]
     firsts = torch.nn.functional.pad(((lengths + size - 1) // size).cumsum(0), (1, 0))
-    chunk = torch.arange(count, device=v.device)
+    chunk = torch.arange(count, device=borders.device)
     sequence = torch.searchsorted(firsts[1:].contiguous(), chunk, right=True)
     used = sequence < len(lengths)
     sequence = sequence.clamp(max=max(len(lengths) - 1, 0))
     starts = torch.where(used, borders[sequence] + (chunk - firsts[sequence]) * size, 0)
     ends = torch.where(used, borders[sequence + 1], 0)
-    tables = (x.to(torch.int32) for x in (starts, ends, firsts))
-    return Chunks(size, count, len(lengths), 0, *tables)
+    return starts.to(torch.int32), ends.to(torch.int32), firsts.to(torch.int32)
 
 
 def checked_borders(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

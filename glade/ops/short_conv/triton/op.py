@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import checked_borders, device_of
-from glade.ops.packing import document_ids
+from glade.ops.packing import document_ids, once
 from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
 from glade.ops.short_conv.register import final_like, no_gradient, register
 from glade.ops.short_conv.triton.kernels import (
@@ -65,9 +65,14 @@ def _call_of(x: Tensor, cu_seqlens: Tensor | None, l2norm_heads: int | None, l2n
     width = l2norm_channels // l2norm_heads if l2norm_heads and l2norm_channels else min(D, WIDTH)
     if cu_seqlens is None:
         return _Call(B * T, T, D, B, None, None, width)
-    borders = checked_borders(cu_seqlens, T)
-    documents = document_ids(borders, T).to(torch.int32)
-    return _Call(T, T, D, len(cu_seqlens) - 1, documents, borders.to(torch.int32), width)
+    return _Call(T, T, D, len(cu_seqlens) - 1, *_packed(cu_seqlens, T), width)
+
+
+@once
+def _packed(cu_seqlens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """`documents` and `borders` of a `_Call`."""
+    borders = checked_borders(cu_seqlens, num_tokens)
+    return document_ids(borders, num_tokens).to(torch.int32), borders.to(torch.int32)
 
 
 def _rows_of(x: Tensor, D: int) -> Tensor:
