@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glade.ops.parts import split
+
 
 class Mixer(nn.Module, ABC):
     """y_t = f(x_0 .. x_t), within a document."""
@@ -101,7 +103,7 @@ def joint(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
     y = F.linear(x, torch.cat([m.weight for m in maps]), bias)
     if len(groups) == 1:
         return [y]  # the gradient of a split is a copy, even of one into one
-    return list(y.split([sum(m.out_features for m in group) for group in groups], -1))
+    return list(split(y, [sum(m.out_features for m in group) for group in groups]))
 
 
 def projection(dim: int, out: int, *, rank: int = 0, bias: bool = False, inner_bias: bool = False) -> nn.Module:

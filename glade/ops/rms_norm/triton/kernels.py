@@ -56,8 +56,8 @@ def rms_norm_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    dy, dy_token, dy_head, x, x_token, x_head, other, other_token, other_head, weight, dx, dother, parts,
-    num_rows, heads, n, eps,
+    dy, dy_token, dy_head, x, x_token, x_head, other, other_token, other_head, weight,
+    dx, dother, dother_token, dother_head, parts, num_rows, heads, n, eps,
     GATE: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
     R: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,8 @@ def rms_norm_backward_kernel(
             if SILU:
                 slope = s + z * slope
                 act = z * s
-            tl.store(dother + at, (d * u * w * slope).to(dother.dtype.element_ty), mask=live)
+            at_dother = row_offsets(rows, heads, dother_token, dother_head)[:, None] + columns[None, :]
+            tl.store(dother + at_dother, (d * u * w * slope).to(dother.dtype.element_ty), mask=live)
             d *= act
         sums += d * u
         d *= w

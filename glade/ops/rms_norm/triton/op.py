@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.parts import gradient_like
 from glade.ops.rms_norm.register import register, register_add
 from glade.ops.rms_norm.triton.kernels import rms_norm_backward_kernel, rms_norm_kernel
 
@@ -67,8 +68,8 @@ def _run_backward(
     parts = weight.new_empty(triton.cdiv(num_rows, TILES * cut["R"]), n, dtype=torch.float32)
     with device_of(x):
         rms_norm_backward_kernel[(len(parts),)](
-            *_rows(dy, heads), *_rows(x, heads), *_rows(other, heads), weight.contiguous(), dx, dother, parts,
-            num_rows, heads, n, eps,
+            *_rows(dy, heads), *_rows(x, heads), *_rows(other, heads), weight.contiguous(),
+            dx, *_rows(dother, heads), parts, num_rows, heads, n, eps,
             GATE=gate is not None, SILU=gate == "silu", ADD=gate is None and other is not None,
             SPLIT=gate is None and dother is not None, TILES=TILES, **cut,
         )  # fmt: skip
@@ -89,7 +90,7 @@ def _backward(
     dx = x.new_empty(x.shape)
     if gate is None:
         return dx, _run_backward(dy, x, None, weight, dx, None, eps, None), x.new_empty(0)
-    dgate = gate.new_empty(gate.shape)
+    dgate = gradient_like(gate)
     return dx, _run_backward(dy, x, gate, weight, dx, dgate, eps, gate_activation), dgate
 
 

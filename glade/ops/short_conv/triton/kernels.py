@@ -186,8 +186,8 @@ def given_back(dinputs, da, taps, since, W: tl.constexpr, CROSSES: tl.constexpr)
 
 @triton.jit
 def short_conv_backward_kernel(
-    dy, dy_stride: tl.constexpr, x, stride: tl.constexpr, weight, bias, state, dfinal, dx, heads, parts,
-    documents, borders, num_rows, num_tokens, D: tl.constexpr, num_unit, eps,
+    dy, dy_stride: tl.constexpr, x, stride: tl.constexpr, weight, bias, state, dfinal, dx, dx_stride: tl.constexpr,
+    heads, parts, documents, borders, num_rows, num_tokens, D: tl.constexpr, num_unit, eps,
     WIDTH: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
     SEGMENT: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     STATE: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr, CROSSES: tl.constexpr,
@@ -203,7 +203,7 @@ def short_conv_backward_kernel(
         shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     tile = x + first.to(tl.int64) * stride + segments[:, None] * stride + columns[None, :]
     tile_dy = dy + first.to(tl.int64) * dy_stride + segments[:, None] * dy_stride + columns[None, :]
-    out = dx + first.to(tl.int64) * D + segments[:, None] * D + columns[None, :]
+    out = dx + first.to(tl.int64) * dx_stride + segments[:, None] * dx_stride + columns[None, :]
     document, start, _ = row_documents(first + segments, num_rows, num_tokens, documents, borders, PACKED)
     inputs = inputs_before(tile, stride, state, first + segments, start, document, num_rows, columns, inside,
                            D, W, STATE)  # fmt: skip
@@ -246,7 +246,7 @@ def short_conv_backward_kernel(
                 ended, _, ends = row_documents(tl.maximum(row, 0), num_rows, num_tokens, documents, borders, PACKED)
                 entry = W - 1 - (ends - row)
                 d += stood(dfinal, ended, entry, columns, live & (entry >= 0)[:, None], D, W)
-            tl.store(out + done * D, d.to(dx.dtype.element_ty), mask=live)
+            tl.store(out + done * dx_stride, d.to(dx.dtype.element_ty), mask=live)
     at = parts + tl.program_id(0).to(tl.int64) * ((W + 1) * D) + columns
     for lag in tl.static_range(0, W):
         tl.store(at + (W - 1 - lag) * D, tl.sum(of_taps[lag], 0), mask=inside)

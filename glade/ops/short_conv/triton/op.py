@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import checked_borders, device_of
 from glade.ops.packing import document_ids, once
+from glade.ops.parts import gradient_like
 from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
 from glade.ops.short_conv.register import final_like, no_gradient, register
 from glade.ops.short_conv.triton.kernels import (
@@ -127,7 +128,7 @@ def _backward(
     """Gradients of x, weight, bias and state, the last two meaningless where there was none."""
     call = _call_of(x, cu_seqlens, l2norm_heads, l2norm_channels)
     rows, dy, taps, W = _rows_of(x, call.D), _rows_of(dy, call.D), weight.contiguous(), weight.shape[1]
-    dx, (grid, cut) = x.new_empty(x.shape), call.walk()
+    dx, (grid, cut) = gradient_like(x), call.walk()
     dstate = no_gradient(x) if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     heads = None if state is None else x.new_empty(call.num_documents, W - 1, call.D, dtype=torch.float32)
     state = None if state is None else state.contiguous()
@@ -136,8 +137,9 @@ def _backward(
     with device_of(x):
         if x.numel() > 0:
             short_conv_backward_kernel[grid](
-                dy, dy.stride(0), rows, rows.stride(0), taps, bias, state, dfinal, dx, heads, parts,
-                call.documents, call.borders, call.num_rows, call.num_tokens, call.D, l2norm_channels, L2_NORM_EPS,
+                dy, dy.stride(0), rows, rows.stride(0), taps, bias, state, dfinal, dx, dx.stride(-2),
+                heads, parts, call.documents, call.borders, call.num_rows, call.num_tokens, call.D,
+                l2norm_channels, L2_NORM_EPS,
                 W=W, SILU=activation == "silu", NORM=l2norm_heads is not None, BIAS=bias is not None,
                 STATE=state is not None, FINAL=dfinal is not None, **cut,
             )  # fmt: skip
