@@ -17,8 +17,8 @@ MAX_KEY_DIM = 256  # a program holds all key channels of its block of the state
 class Chunks(NamedTuple):
     """Chunk m of a call: tokens starts[m] up to ends[m] at most; sequence n has the chunks firsts[n] : firsts[n + 1].
 
-    The tensors are None when sequences are batch rows, of `a_row` chunks each. Packed, `count` is a bound that
-    follows from shapes; chunks that are not used have no tokens.
+    The tensors are None when sequences are batch rows, of `a_row` chunks each; only `firsts` is given where batch rows
+    are cut into segments. Packed, `count` is a bound that follows from shapes; chunks that are not used have no tokens.
     """
 
     size: int
@@ -51,6 +51,33 @@ def chunks_of(v: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     ends = torch.where(used, borders[sequence + 1], 0)
     tables = (x.to(torch.int32) for x in (starts, ends, firsts))
     return Chunks(size, count, len(lengths), 0, *tables)
+
+
+class Segments(NamedTuple):
+    """Sequences cut into segments, each a whole number of spans of chunks but for a sequence's last."""
+
+    chunks: Chunks  # those of the call, with segments in the place of sequences
+    spans: Chunks
+    whole: Chunks  # the segments, as the chunks that they are of their sequences
+
+
+def segments_of(v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks, spans: Chunks, length: int) -> Segments:
+    """Segments of `length` chunks."""
+    whole = chunks_of(v, cu_seqlens, chunks.size * length)
+    return Segments(*(_by_segments(x, whole, v.device) for x in (chunks, spans)), whole)
+
+
+def _by_segments(chunks: Chunks, whole: Chunks, device: torch.device) -> Chunks:
+    length = whole.size // chunks.size
+    segment = torch.arange(whole.count + 1, device=device, dtype=torch.int32)
+    if chunks.firsts is None or whole.firsts is None:
+        row = segment // whole.a_row
+        firsts = row * chunks.a_row + (segment - row * whole.a_row) * length
+    else:
+        sequence = torch.searchsorted(whole.firsts[1:], segment, right=True)
+        firsts = chunks.firsts[sequence] + (segment - whole.firsts[sequence]) * length
+        firsts = torch.minimum(firsts, chunks.firsts[-1])  # those that are not used
+    return chunks._replace(sequences=whole.count, firsts=firsts)
 
 
 def checked_borders(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -53,7 +53,7 @@ def forward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
     wide = rows[:, None] * KP + dims[None, :]
@@ -110,7 +110,7 @@ def backward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
     wide = rows[:, None] * KP + dims[None, :]

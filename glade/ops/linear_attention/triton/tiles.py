@@ -31,12 +31,12 @@ def chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PAC
 
 
 @triton.jit
-def sequence_chunks(n, chunks_a_row, firsts, PACKED: tl.constexpr):
-    """The chunks of sequence n: first, end."""
-    if PACKED:
-        first, end = tl.load(firsts + n), tl.load(firsts + n + 1)
-    else:
+def sequence_chunks(n, chunks_a_row, firsts):
+    """The chunks of sequence n, or of a segment: first, end."""
+    if firsts is None:
         first, end = n * chunks_a_row, (n + 1) * chunks_a_row
+    else:
+        first, end = tl.load(firsts + n), tl.load(firsts + n + 1)
     return first, end
 
 
