@@ -72,7 +72,7 @@ def _scan(call: Call, segments: Segments, M: Tensor, N: Tensor, given, last, rev
         *constants(call.HV, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=SCANNED_BLOCK, BK=min(call.KP, 32),
         MATRIX=call.erase > 0, REVERSE=reverse, PRECISION=WIDE.precision,
-        num_warps=4,
+        num_warps=max(4, call.KP // 32),
     )  # fmt: skip
     return states
 
