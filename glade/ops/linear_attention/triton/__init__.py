@@ -19,6 +19,7 @@ where both are scalar or absent (`scalar_op`): no gated copies, less memory move
     scalar_prepare      1  each chunk by itself: sums of log decays, inverse
     scalar_states       2  the pass over chunks, and its backward, 3, with the gradients of v and write
     scalar_keys         4  gradients of q, k, erase and g
+    scalar_split        long sequences in segments, where programs are too few: launches scalar_segments and segments
 
 Triton comes with torch's CUDA builds, and is imported with those only.
 """
