@@ -13,7 +13,7 @@ from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS, Launch, c
 from glade.ops.linear_attention.triton.launch import Chunks, check_key_dim, kind_of
 
 # `wgmma` takes 64 rows: programs of fewer value channels only where half of the processors would have none
-FEW_PROGRAMS = MULTIPROCESSORS // 2
+FEW_PROGRAMS, ENOUGH_PROGRAMS = MULTIPROCESSORS // 2, 2 * MULTIPROCESSORS
 # Sequences are cut into segments (`Call.segment`) of at least so many chunks, so many a sequence on average:
 # the first pass over a segment takes up to as long as the second.
 LEAST_CHUNKS = 16
@@ -40,8 +40,7 @@ class Call:
         self.num_segments = max_chunks(self.B, self.T, cu_seqlens, length) if length else 0
 
     def _chunks_a_segment(self, sequences: int) -> int:
-        """Chunks of a segment where the passes over states (of scalar gates) take sequences in segments; 0 where they
-        take them whole.
+        """Chunks of a segment where the passes over states take sequences in segments; 0 where they take them whole.
 
         Segments are made where programs would be fewer than FEW_PROGRAMS: the fewest that give each processor two.
         It follows from shapes alone.
@@ -50,7 +49,7 @@ class Call:
         if not 0 < programs * sequences < FEW_PROGRAMS:
             return 0
         chunks = self.B * -(-self.T // self.chunk)
-        segments = min(-(-2 * MULTIPROCESSORS // programs), chunks // LEAST_CHUNKS)
+        segments = min(-(-ENOUGH_PROGRAMS // programs), chunks // LEAST_CHUNKS)
         if segments < LEAST_SEGMENTS * sequences:
             return 0
         return -(-chunks // (segments * self.span)) * self.span

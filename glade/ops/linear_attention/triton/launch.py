@@ -64,19 +64,21 @@ class Segments(NamedTuple):
 def segments_of(v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks, spans: Chunks, length: int) -> Segments:
     """Segments of `length` chunks."""
     whole = chunks_of(v, cu_seqlens, chunks.size * length)
-    return Segments(*(_by_segments(x, whole, v.device) for x in (chunks, spans)), whole)
+    by_segments = _by_segments(chunks, whole, v.device)
+    return Segments(by_segments, by_segments if spans is chunks else _by_segments(spans, whole, v.device), whole)
 
 
 def _by_segments(chunks: Chunks, whole: Chunks, device: torch.device) -> Chunks:
+    """The same chunks with the segments of `whole` in the place of sequences."""
     length = whole.size // chunks.size
     segment = torch.arange(whole.count + 1, device=device, dtype=torch.int32)
-    if chunks.firsts is None or whole.firsts is None:
-        row = segment // whole.a_row
-        firsts = row * chunks.a_row + (segment - row * whole.a_row) * length
-    else:
+    firsts = segment * length
+    if chunks.firsts is not None and whole.firsts is not None:
         sequence = torch.searchsorted(whole.firsts[1:], segment, right=True)
-        firsts = chunks.firsts[sequence] + (segment - whole.firsts[sequence]) * length
+        firsts += chunks.firsts[sequence] - whole.firsts[sequence] * length
         firsts = torch.minimum(firsts, chunks.firsts[-1])  # those that are not used
+    elif chunks.a_row != whole.a_row * length:
+        firsts += segment // whole.a_row * (chunks.a_row - whole.a_row * length)
     return chunks._replace(sequences=whole.count, firsts=firsts)
 
 

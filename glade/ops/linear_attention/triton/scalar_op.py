@@ -28,8 +28,9 @@ from glade.ops.linear_attention.triton.launch import (
 )
 from glade.ops.linear_attention.triton.scalar_keys import scalar_keys_kernel
 from glade.ops.linear_attention.triton.scalar_prepare import scalar_prepare_kernel
-from glade.ops.linear_attention.triton.scalar_split import gradients_after, states_before, what_segments_keep
+from glade.ops.linear_attention.triton.scalar_split import gradients_after, states_before
 from glade.ops.linear_attention.triton.scalar_states import scalar_backward_states_kernel, scalar_forward_states_kernel
+from glade.ops.linear_attention.triton.segments import what_segments_keep
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:

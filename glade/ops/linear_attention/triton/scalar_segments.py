@@ -26,16 +26,8 @@ from glade.ops.linear_attention.triton.tiles import (
     pair_decay,
     sequence_chunks,
     token_head,
+    used_in_its_trip,
 )
-
-
-@triton.jit
-def used_in_its_trip(S, live, GATE: tl.constexpr, ERASE: tl.constexpr):
-    """S times one. A loop that did nothing with S but add products to it would not wait for them before the next
-    copies overwrite what they read ("Wrong at first" in docs/log.md); where nothing decays or erases it is this."""
-    if GATE == NONE and ERASE == NONE:
-        S *= tl.where(live > 0, 1.0, 0.0)
-    return S
 
 
 @triton.jit
@@ -96,7 +88,7 @@ def scalar_forward_segments_kernel(
         of_keys = (columns >= VP) & (columns < VP + KP)
         tl.store(M + of_segment * KP * KP + states - VP * KP, S, mask=of_keys[:, None])
     elif block == 0:
-        tl.store(M + of_segment, kept)
+        tl.store(M + of_segment * KP + dims, tl.zeros([KP], tl.float32) + kept)
 
 
 @triton.jit

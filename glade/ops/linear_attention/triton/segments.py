@@ -5,12 +5,19 @@ M are made for all segments at once; this scan, over the few segments of a seque
 """
 
 # Triton is not installed where there is no GPU
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from glade.ops.linear_attention.triton.call import Call
+from glade.ops.linear_attention.triton.configs import WIDE
+from glade.ops.linear_attention.triton.launch import Segments, constants
 from glade.ops.linear_attention.triton.tiles import sequence_chunks
+
+SCANNED_BLOCK = 16  # value channels of a program of the scan: the fewest that a product takes
 
 
 @triton.jit
@@ -25,7 +32,7 @@ def scan_segments_kernel(
     behind all segments of a sequence; either of `given` (the state to begin with) and `last` may be None.
 
     M [segments, HV, KP, KP], key channels of the state before by those of the state after it, or without erase (not
-    MATRIX) a number [segments, HV]; N [segments, HV, VP, KP]; states [segments, HV, K, V]. All are fp32.
+    MATRIX) its diagonal [segments, HV, KP]; N [segments, HV, VP, KP]; states [segments, HV, K, V]. All are fp32.
     """
     NUM_BLOCKS: tl.constexpr = VP // BV
     sequence_head = tl.program_id(0) // NUM_BLOCKS
@@ -51,9 +58,8 @@ def scan_segments_kernel(
             for block in tl.static_range(0, KP // BK):
                 summed = block * BK + tl.arange(0, BK)
                 inside = (columns < V)[:, None] & (summed < K)[None, :]
-                part = tl.load(
-                    states + tile * K * V + columns[:, None] + summed[None, :] * V, mask=inside, other=0.0
-                )  # fmt: skip
+                part_at = columns[:, None] + summed[None, :] * V
+                part = tl.load(states + tile * K * V + part_at, mask=inside, other=0.0)
                 if REVERSE:
                     matrix = tl.trans(tl.load(M + tile * KP * KP + dims[:, None] * KP + summed[None, :]))
                 else:
@@ -61,6 +67,34 @@ def scan_segments_kernel(
                 made = tl.dot(part, matrix, made, input_precision=PRECISION)
             S = made
         else:
-            S = made + S * tl.load(M + tile)
+            S = made + S * tl.load(M + tile * KP + dims)[None, :]
     if last is not None:
         tl.store(last + of_sequence + state_at, S, mask=in_state)
+
+
+def what_segments_keep(call: Call, v: Tensor) -> Tensor:
+    """Empty: M of every segment. It is kept for the backward: 4 K K bytes a segment, while to make it again takes
+    K / V of the first pass."""
+    return of_segments(call, v, *(call.KP,) * (1 + (call.erase > 0)))
+
+
+def of_segments(call: Call, x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(call.num_segments, call.HV, *shape, dtype=torch.float32)
+
+
+def blocks_of_both(call: Call, BV: int) -> int:
+    """How many blocks of BV channels hold the columns of N and those of M."""
+    return call.VP // BV + (-(-call.KP // BV) if call.erase else 0)
+
+
+def scan_segments(call: Call, segments: Segments, M: Tensor, N: Tensor, given, last, reverse: bool) -> Tensor:
+    """What `scan_segments_kernel` calls states."""
+    states = of_segments(call, N, call.K, call.V)
+    scan_segments_kernel[(call.VP // SCANNED_BLOCK * segments.whole.sequences * call.HV,)](
+        M, N, given, states, last, segments.whole.a_row, segments.whole.firsts,
+        *constants(call.HV, call.K, call.V),
+        KP=call.KP, VP=call.VP, BV=SCANNED_BLOCK, BK=min(call.KP, 32),
+        MATRIX=call.erase > 0, REVERSE=reverse, PRECISION=WIDE.precision,
+        num_warps=max(4, call.KP // 32),
+    )  # fmt: skip
+    return states

@@ -93,7 +93,8 @@ def forward_states_kernel(
         tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
         S = decayed(S, decay, tile, dims, KP, GATE)
         S = tl.dot(tl.load(Kt + tile * C * KP + tall), r, S, input_precision=PRECISION)
-    tl.store(final + of_sequence + state_at, S, mask=in_state)
+    if final is not None:
+        tl.store(final + of_sequence + state_at, S, mask=in_state)
 
 
 @triton.jit
