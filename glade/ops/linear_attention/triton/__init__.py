@@ -14,7 +14,6 @@ where decay or erase is a vector (`vector_op` launches these)
     states              2  the pass over chunks, and its backward, 3
     values_backward     4  gradients of v, write and the pair products
     keys_backward       5  gradients of q, k, erase and g
-
     vector_split        long sequences in segments, where programs are too few: launches vector_segments
 
 where both are scalar or absent (`scalar_op`): no gated copies, less memory moved
@@ -23,6 +22,7 @@ where both are scalar or absent (`scalar_op`): no gated copies, less memory move
     scalar_states       2  the pass over chunks, and its backward, 3, with the gradients of v and write
     scalar_keys         4  gradients of q, k, erase and g
     scalar_split        long sequences in segments: launches scalar_segments
+
 Triton comes with torch's CUDA builds, and is imported with those only.
 """
 
