@@ -140,6 +140,57 @@ def test_the_same_bits_each_time(corner, heads):
         assert all(torch.equal(x, again[name]) for name, x in first.items())
 
 
+def segments_of(inputs, cu_seqlens=None):
+    from glade.ops.linear_attention.triton import op
+
+    *_, made_for_each = op.kept_like(**inputs, scale=1.0, cu_seqlens=cu_seqlens)
+    return made_for_each.shape[0]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gate", ["mild", "extreme"])
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [(Shape(1, 4099, 2, 4, 128, 64), None), (Shape(2, 2311, 1, 2, 96, 160), None),
+     (Shape(1, 8193, 2, 2, 64, 128), (100, 0, 8093))],
+    ids=["one row", "two rows", "packed"],
+)  # fmt: skip
+@pytest.mark.parametrize("corner", CORNERS)
+def test_long_sequences_in_segments(corner, shape, lengths, gate, dtype, monkeypatch):
+    if CORNERS[corner].g == "none" and gate != "mild":
+        pytest.skip("no gate to draw")
+    cu_seqlens = None if lengths is None else borders(*lengths)
+    inputs = inputs_of(corner, shape, gate=gate, dtype=dtype, cu_seqlens=cu_seqlens)
+    assert segments_of(inputs, cu_seqlens) > 0
+    found = errors_between(inputs, "triton", "torch", cu_seqlens)
+    assert not failures(found, dtype), found
+    cut, again = (run_with_gradients(inputs, "triton", cu_seqlens) for _ in range(2))
+    assert all(torch.equal(x, again[name]) for name, x in cut.items())
+    monkeypatch.setattr("glade.ops.linear_attention.triton.call.LEAST_CHUNKS", 10**6)
+    assert segments_of(inputs, cu_seqlens) == 0
+    found = errors_between(inputs, "triton", "torch", cu_seqlens)
+    assert not failures(found, dtype), found
+
+
+@gpu
+@pytest.mark.parametrize("corner", CORNERS)
+def test_segments_are_causal_to_the_bit(corner):
+    shape = Shape(1, 4099, 2, 2, 64, 64)
+    inputs, other = (inputs_of(corner, shape, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    other["v"] = other["v"] * 1e6
+    assert segments_of(inputs) > 0
+    before = call(inputs, "triton")[0]
+    for t in (0, 511, 512, 1000, 4000):
+        changed = {
+            name: x if x is None or name == "state" else torch.cat([x[:, : t + 1], other[name][:, t + 1 :]], dim=1)
+            for name, x in inputs.items()
+        }
+        after = call(changed, "triton")[0]
+        assert torch.equal(before[:, : t + 1], after[:, : t + 1]), t
+        assert not torch.equal(before[:, t + 1 :], after[:, t + 1 :])
+
+
 @gpu
 @over_backends
 def test_nearly_equal_keys_without_decay(backend):
@@ -231,11 +282,16 @@ def test_step_equals_one_token(backend, corner, dtype):
     assert torch.equal(stepped, table[slots])
 
 
+# the last two are cut into segments
 @gpu
-@pytest.mark.parametrize("lengths", [None, (30, 0, 70)], ids=["dense", "packed"])
-def test_captured_in_a_cuda_graph(lengths):
+@pytest.mark.parametrize(
+    ("corner", "T", "lengths"),
+    [("gdn2", 100, None), ("gdn2", 100, (30, 0, 70)), ("gdn", 2100, None), ("gdn", 4200, (4000, 200))],
+    ids=["dense", "packed", "long", "packed long"],
+)
+def test_captured_in_a_cuda_graph(corner, T, lengths):
     cu_seqlens = None if lengths is None else borders(*lengths)
-    inputs = inputs_of("gdn2", Shape(1, 100, 2, 2, 64, 64), dtype=torch.bfloat16, cu_seqlens=cu_seqlens)
+    inputs = inputs_of(corner, Shape(1, T, 2, 2, 64, 64), dtype=torch.bfloat16, cu_seqlens=cu_seqlens)
     leaves = [x.requires_grad_() for x in inputs.values()]
 
     def work():
@@ -256,10 +312,14 @@ def test_captured_in_a_cuda_graph(lengths):
 
 
 @gpu
-@pytest.mark.parametrize("lengths", [None, (10, 30)], ids=["dense", "packed"])
-def test_compiles_without_a_graph_break(lengths):
+@pytest.mark.parametrize(
+    ("corner", "T", "lengths"),
+    [("gdn2", 40, None), ("gdn2", 40, (10, 30)), ("gdn", 2100, None)],
+    ids=["dense", "packed", "in segments"],
+)
+def test_compiles_without_a_graph_break(corner, T, lengths):
     cu_seqlens = None if lengths is None else borders(*lengths)
-    inputs = inputs_of("gdn2", Shape(1, 40), dtype=torch.bfloat16, cu_seqlens=cu_seqlens)
+    inputs = inputs_of(corner, Shape(1, T), dtype=torch.bfloat16, cu_seqlens=cu_seqlens)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     compiled = torch.compile(lambda x: call(x, "triton", cu_seqlens), fullgraph=True, backend="aot_eager")
     results = []
@@ -302,6 +362,25 @@ def in_the_interpreter():
     check_interpreted(CORNERS["gdn"], shape._replace(T=49))
     check_interpreted(CORNERS["linear"], shape)
     check_interpreted(CORNERS["gdn"], packed, cu_seqlens)
+    check_segments()
+
+
+def check_segments():
+    """Sequences in segments of four chunks of 16 tokens, and of two: rows, documents, more value channels than a
+    program takes, and more key channels than the scan takes at a time."""
+    from glade.ops.linear_attention.triton import call as rule
+
+    long, documents = Shape(B=1, T=135, H=1, HV=2, K=24, V=20), Shape(1, 183, 1, 1)
+    cu_seqlens = borders(3, 0, 97, 1, 82, device="cpu")
+    rule.LEAST_CHUNKS = 2
+    for corner in CORNERS.values():
+        check_interpreted(corner, long, segments=3)
+    check_interpreted(CORNERS["gdn"], long, segments=3, gate="saturated", given_state=False)
+    rule.LEAST_CHUNKS = rule.LEAST_SEGMENTS = 1
+    check_interpreted(CORNERS["gdn"], Shape(B=2, T=71, H=1, HV=1, K=40, V=80), segments=6)
+    check_interpreted(Corner("scalar", "scalar", "vector"), documents, cu_seqlens, segments=10, gate="extreme")
+    for name in ("scalar-decay", "gla", "gdn2"):
+        check_interpreted(CORNERS[name], documents, cu_seqlens, segments=10, gate="extreme")
 
 
 def register_interpreted():
@@ -313,9 +392,10 @@ def register_interpreted():
         dispatch.BACKENDS[name] = dispatch.Backend(name, run, step.step_, lambda device, dtype: None, automatic=False)
 
 
-def check_interpreted(corner, shape, cu_seqlens=None, dtype=torch.float32, **settings):
+def check_interpreted(corner, shape, cu_seqlens=None, dtype=torch.float32, segments=0, **settings):
     inputs = make_inputs(corner, shape, cu_seqlens=cu_seqlens, dtype=dtype, **settings)
     backend = "op" if "vector" in (corner.g, corner.erase) else "scalar"
+    assert segments_of(inputs, cu_seqlens) == segments
     found = errors(inputs, backend, cu_seqlens)
     assert not failures(found, dtype), (corner, shape, settings, found)
 

@@ -5,6 +5,7 @@
     configs             block sizes: rows of table.json
     tiles               what the kernels share
     assembler           which ptxas turns them into machine code
+    segments            the states at the borders of a long sequence's segments
     step                the decode step
 
 where decay or erase is a vector (`vector_op` launches these)
@@ -13,12 +14,14 @@ where decay or erase is a vector (`vector_op` launches these)
     states              2  the pass over chunks, and its backward, 3
     values_backward     4  gradients of v, write and the pair products
     keys_backward       5  gradients of q, k, erase and g
+    vector_split        long sequences in segments, where programs are too few: launches vector_segments
 
 where both are scalar or absent (`scalar_op`): no gated copies, less memory moved
 
     scalar_prepare      1  each chunk by itself: sums of log decays, inverse
     scalar_states       2  the pass over chunks, and its backward, 3, with the gradients of v and write
     scalar_keys         4  gradients of q, k, erase and g
+    scalar_split        long sequences in segments: launches scalar_segments
 
 Triton comes with torch's CUDA builds, and is imported with those only.
 """

@@ -8,8 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glade.ops.linear_attention.triton.configs import Launch, config_for
+from glade.ops.linear_attention.chunk_layout import max_chunks
+from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS, Launch, config_for
 from glade.ops.linear_attention.triton.launch import Chunks, check_key_dim, kind_of
+
+# `wgmma` takes 64 rows: programs of fewer value channels only where half of the processors would have none
+FEW_PROGRAMS, ENOUGH_PROGRAMS = MULTIPROCESSORS // 2, 2 * MULTIPROCESSORS
+# Sequences are cut into segments (`Call.segment`) of at least so many chunks, so many a sequence on average:
+# the first pass over a segment takes up to as long as the second.
+LEAST_CHUNKS = 16
+LEAST_SEGMENTS = 4
 
 TRITON_TYPE = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -27,6 +35,24 @@ class Call:
         self.chunk, self.span = self.config.chunk, self.config.span
         self.dtype, self.sum_dtype, self.precision = numbers
         self.packed = cu_seqlens is not None
+        self.segment = self._chunks_a_segment(self.B if cu_seqlens is None else len(cu_seqlens) - 1)
+        length = self.chunk * self.segment
+        self.num_segments = max_chunks(self.B, self.T, cu_seqlens, length) if length else 0
+
+    def _chunks_a_segment(self, sequences: int) -> int:
+        """Chunks of a segment where the passes over states take sequences in segments; 0 where they take them whole.
+
+        Segments are made where programs would be fewer than FEW_PROGRAMS: the fewest that give each processor two.
+        It follows from shapes alone.
+        """
+        programs = self.HV * max(1, self.VP // self.config.forward.block)  # of a sequence, or a segment
+        if not 0 < programs * sequences < FEW_PROGRAMS:
+            return 0
+        chunks = self.B * -(-self.T // self.chunk)
+        segments = min(-(-ENOUGH_PROGRAMS // programs), chunks // LEAST_CHUNKS)
+        if segments < LEAST_SEGMENTS * sequences:
+            return 0
+        return -(-chunks // (segments * self.span)) * self.span
 
     @property
     def group(self) -> int:

@@ -18,8 +18,8 @@ MAX_KEY_DIM = 256  # a program holds all key channels of its block of the state
 class Chunks(NamedTuple):
     """Chunk m of a call: tokens starts[m] up to ends[m] at most; sequence n has the chunks firsts[n] : firsts[n + 1].
 
-    The tensors are None when sequences are batch rows, of `a_row` chunks each. Packed, `count` is a bound that
-    follows from shapes; chunks that are not used have no tokens.
+    The tensors are None when sequences are batch rows, of `a_row` chunks each; only `firsts` is given where batch rows
+    are cut into segments. Packed, `count` is a bound that follows from shapes; chunks that are not used have no tokens.
     """
 
     size: int
@@ -58,6 +58,35 @@ def _packed_chunks(cu_seqlens: Tensor, num_tokens: int, size: int) -> tuple[Tens
     starts = torch.where(used, borders[sequence] + (chunk - firsts[sequence]) * size, 0)
     ends = torch.where(used, borders[sequence + 1], 0)
     return starts.to(torch.int32), ends.to(torch.int32), firsts.to(torch.int32)
+
+
+class Segments(NamedTuple):
+    """Sequences cut into segments, each a whole number of spans of chunks but for a sequence's last."""
+
+    chunks: Chunks  # those of the call, with segments in the place of sequences
+    spans: Chunks
+    whole: Chunks  # the segments, as the chunks that they are of their sequences
+
+
+def segments_of(v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks, spans: Chunks, length: int) -> Segments:
+    """Segments of `length` chunks."""
+    whole = chunks_of(v, cu_seqlens, chunks.size * length)
+    by_segments = _by_segments(chunks, whole, v.device)
+    return Segments(by_segments, by_segments if spans is chunks else _by_segments(spans, whole, v.device), whole)
+
+
+def _by_segments(chunks: Chunks, whole: Chunks, device: torch.device) -> Chunks:
+    """The same chunks with the segments of `whole` in the place of sequences."""
+    length = whole.size // chunks.size
+    segment = torch.arange(whole.count + 1, device=device, dtype=torch.int32)
+    firsts = segment * length
+    if chunks.firsts is not None and whole.firsts is not None:
+        sequence = torch.searchsorted(whole.firsts[1:], segment, right=True)
+        firsts += chunks.firsts[sequence] - whole.firsts[sequence] * length
+        firsts = torch.minimum(firsts, chunks.firsts[-1])  # those that are not used
+    elif chunks.a_row != whole.a_row * length:
+        firsts += segment // whole.a_row * (chunks.a_row - whole.a_row * length)
+    return chunks._replace(sequences=whole.count, firsts=firsts)
 
 
 def checked_borders(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -3,6 +3,9 @@
     forward    prepare (a program a chunk; nothing without gates), then the pass over states
     backward   the pass over states, last chunk to first, with the gradients of v and write, then keys
 
+Where sequences are too few for the processors, `scalar_split` finds the states at the borders of segments before each
+pass over states, which takes segments then.
+
 No program adds to what another writes, so that a call gives the same bits each time.
 """
 
@@ -13,20 +16,27 @@ import torch
 from torch import Tensor
 
 from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts
-from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
-from glade.ops.linear_attention.triton.launch import Chunks, chunks_of, constants, device_of, strides_of
+from glade.ops.linear_attention.triton.call import FEW_PROGRAMS, TRITON_TYPE, Call, sum_of_parts
+from glade.ops.linear_attention.triton.launch import (
+    Chunks,
+    Segments,
+    chunks_of,
+    constants,
+    device_of,
+    segments_of,
+    strides_of,
+)
 from glade.ops.linear_attention.triton.scalar_keys import scalar_keys_kernel
 from glade.ops.linear_attention.triton.scalar_prepare import scalar_prepare_kernel
+from glade.ops.linear_attention.triton.scalar_split import gradients_after, states_before
 from glade.ops.linear_attention.triton.scalar_states import scalar_backward_states_kernel, scalar_forward_states_kernel
-
-# `wgmma` takes 64 rows: programs of fewer value channels only where half of the processors would have none
-FEW_PROGRAMS = MULTIPROCESSORS // 2
+from glade.ops.linear_attention.triton.segments import what_segments_keep
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
-    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks; of no elements what the gates do
-    not need, and R and S, which only a backward reads, unless it is to follow."""
+    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks, M of each segment; of no elements
+    what the gates do not need, R and S, which only a backward reads, unless it is to follow, and M unless sequences
+    are cut."""
     M, HV, C, KP, VP = num_chunks, call.HV, call.chunk, call.KP, call.VP
     erased = call.erase > 0
     rows = [(M, HV, C if given else 0) for given in (call.gate > 0, erased, call.write == 1)]
@@ -34,7 +44,8 @@ def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, kee
     written = v.shape if erased and keep else (0,)
     tiles = [(M, HV, C, C if erased else 0), written, (num_spans, HV, VP, KP if keep else 0)]
     shapes, dtypes = rows + tiles, dtypes + [call.dtype] * len(tiles)
-    return [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return [*empty, what_segments_keep(call, v)]
 
 
 def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
@@ -42,12 +53,16 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
     chunks = chunks_of(v, cu_seqlens, call.chunk)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = v.new_empty(chunks.sequences, call.HV, call.K, call.V, dtype=torch.float32)
-    spans = _spans(call, v, cu_seqlens, chunks)
+    spans, segments = _spans_and_segments(call, v, cu_seqlens, chunks)
     kept = _between_kernels(call, v, chunks.count, spans.count, keep)
     initial = None if state is None else state.contiguous()
     with device_of(v):
         _prepare(call, chunks, k, g, erase, write, kept)
-        _forward_states(call, chunks, spans, q, k, v, write, scale, initial, o, final, kept, keep)
+        if segments is None:
+            _forward_states(call, chunks, spans, q, k, v, write, scale, initial, o, final, kept, keep)
+        else:
+            before = states_before(call, segments, k, v, write, initial, final, kept)
+            _forward_states(call, segments.chunks, segments.spans, q, k, v, write, scale, before, o, None, kept, keep)
     return [o, final, *kept] if keep else [o, final]
 
 
@@ -69,13 +84,13 @@ def _prepare(call: Call, chunks: Chunks, k, g, erase, write, kept: list[Tensor])
 def _forward_states(
     call: Call, chunks: Chunks, spans: Chunks, q, k, v, write, scale, initial, o, final, kept, keep: bool
 ) -> None:
-    if final.numel() == 0:
+    if final is not None and final.numel() == 0:
         return
     launch = call.config.forward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     scalar_forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
-        *kept[:4], o, initial, final, *kept[4:], *call.along(chunks), spans.firsts, spans.a_row, scale,
+        *kept[:4], o, initial, final, *kept[4:6], *call.along(chunks), spans.firsts, spans.a_row, scale,
         *constants(call.HV, call.group, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
@@ -87,13 +102,21 @@ def _forward_states(
 def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> list[Tensor]:
     call = Call(q, v, g, erase, write, cu_seqlens)
     chunks = chunks_of(v, cu_seqlens, call.chunk)
-    spans = _spans(call, v, cu_seqlens, chunks)
+    spans, segments = _spans_and_segments(call, v, cu_seqlens, chunks)
     do, d_final = do.contiguous(), d_final.contiguous()
     dR, dS = torch.empty_like(kept[4]), torch.empty_like(kept[5])
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     with device_of(v):
-        d_write = _backward_states(call, chunks, spans, do, q, k, v, write, scale, d_final, d_state, dv, dR, dS, kept)
+        if segments is None:
+            d_write = _backward_states(
+                call, chunks, spans, do, q, k, v, write, scale, d_final, d_state, dv, dR, dS, kept
+            )
+        else:
+            after = gradients_after(call, segments, do, q, k, scale, d_final, d_state, kept)
+            d_write = _backward_states(
+                call, segments.chunks, segments.spans, do, q, k, v, write, scale, after, None, dv, dR, dS, kept
+            )
         dq, dk, dg, d_erase = _backward_keys(call, spans, do, q, k, v, g, erase, write, scale, dR, dS, kept)
     return [x for x in (dq, dk, dv, dg, d_erase, d_write, d_state) if x is not None]
 
@@ -124,7 +147,7 @@ def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scal
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
     dg, d_erase = call.gradient_in_parts(g, 1), call.gradient_in_parts(erase, 1)
     if spans.count > 0:
-        R, S = kept[4:]
+        R, S = kept[4:6]
         scalar_keys_kernel[(spans.count, call.HV)](
             q, k, v, g, erase, write, *(strides_of(x) for x in (q, k, v, g, erase, write)),
             do, R, dR, S, dS, dq, dk, d_erase, dg,
@@ -139,9 +162,12 @@ def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scal
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)
 
 
-def _spans(call: Call, v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks) -> Chunks:
-    """The spans of chunks that the backward takes together."""
-    return chunks if call.span == 1 else chunks_of(v, cu_seqlens, call.chunk * call.span)
+def _spans_and_segments(
+    call: Call, v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks
+) -> tuple[Chunks, Segments | None]:
+    """The spans of chunks that the backward takes together, and the segments, where sequences are cut."""
+    spans = chunks if call.span == 1 else chunks_of(v, cu_seqlens, call.chunk * call.span)
+    return spans, segments_of(v, cu_seqlens, chunks, spans, call.segment) if call.segment else None
 
 
 def kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:

@@ -63,8 +63,8 @@ def scalar_forward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
-    first_span, _ = sequence_chunks(n, spans_a_row, spans, PACKED)
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
     not_before = rows[None, :] >= rows[:, None]
@@ -131,7 +131,8 @@ def scalar_forward_states_kernel(
         tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
         if KEEP and ERASE != NONE:
             tl.store(R + first_value + token_values, r, mask=inside)
-    tl.store(final + of_sequence + state_at, S, mask=in_state)
+    if final is not None:
+        tl.store(final + of_sequence + state_at, S, mask=in_state)
 
 
 @triton.jit
@@ -149,8 +150,8 @@ def scalar_backward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
-    first_span, _ = sequence_chunks(n, spans_a_row, spans, PACKED)
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
     not_after = rows[:, None] >= rows[None, :]

@@ -53,7 +53,7 @@ def forward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
     wide = rows[:, None] * KP + dims[None, :]
@@ -93,7 +93,8 @@ def forward_states_kernel(
         tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
         S = decayed(S, decay, tile, dims, KP, GATE)
         S = tl.dot(tl.load(Kt + tile * C * KP + tall), r, S, input_precision=PRECISION)
-    tl.store(final + of_sequence + state_at, S, mask=in_state)
+    if final is not None:
+        tl.store(final + of_sequence + state_at, S, mask=in_state)
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def backward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts, PACKED)
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
     wide = rows[:, None] * KP + dims[None, :]

@@ -31,12 +31,12 @@ def chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PAC
 
 
 @triton.jit
-def sequence_chunks(n, chunks_a_row, firsts, PACKED: tl.constexpr):
-    """The chunks of sequence n: first, end."""
-    if PACKED:
-        first, end = tl.load(firsts + n), tl.load(firsts + n + 1)
-    else:
+def sequence_chunks(n, chunks_a_row, firsts):
+    """The chunks of sequence n, or of a segment: first, end."""
+    if firsts is None:
         first, end = n * chunks_a_row, (n + 1) * chunks_a_row
+    else:
+        first, end = tl.load(firsts + n), tl.load(firsts + n + 1)
     return first, end
 
 
@@ -113,3 +113,12 @@ def split_logs(logs, DTYPE: tl.constexpr):
 def level_pairs(later, earlier, level):
     """Bool: the pairs that part at this level, the later of them in the later half."""
     return (((later ^ earlier) >> level) == 1) & (later > earlier)
+
+
+@triton.jit
+def used_in_its_trip(S, live, GATE: tl.constexpr, ERASE: tl.constexpr):
+    """S times one, where nothing decays or erases: a loop that did nothing with S but add products to it would not wait
+    for them before the next copies overwrite what they read ("Wrong at first" in docs/log.md)."""
+    if GATE == NONE and ERASE == NONE:
+        S *= tl.where(live > 0, 1.0, 0.0)
+    return S

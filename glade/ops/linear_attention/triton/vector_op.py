@@ -3,6 +3,9 @@
     forward    prepare (a program a chunk), then the pass over states (a program a block of value channels)
     backward   the pass over states, last chunk to first, then values and keys (a program a chunk)
 
+Where sequences are too few for the processors, `vector_split` finds the states at the borders of segments before each
+pass over states, which takes segments then.
+
 No program adds to what another writes, so that a call gives the same bits each time.
 """
 
@@ -13,18 +16,27 @@ import torch
 from torch import Tensor
 
 from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts
-from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
+from glade.ops.linear_attention.triton.call import ENOUGH_PROGRAMS, TRITON_TYPE, Call, sum_of_parts
 from glade.ops.linear_attention.triton.keys_backward import keys_backward_kernel
-from glade.ops.linear_attention.triton.launch import Chunks, chunks_of, constants, device_of, strides_of
+from glade.ops.linear_attention.triton.launch import (
+    Chunks,
+    Segments,
+    chunks_of,
+    constants,
+    device_of,
+    segments_of,
+    strides_of,
+)
 from glade.ops.linear_attention.triton.prepare import prepare_kernel
+from glade.ops.linear_attention.triton.segments import what_segments_keep
 from glade.ops.linear_attention.triton.states import backward_states_kernel, forward_states_kernel
 from glade.ops.linear_attention.triton.values_backward import values_backward_kernel
+from glade.ops.linear_attention.triton.vector_split import gradients_after, states_before
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, keep: bool) -> list[Tensor]:
-    """Empty: G, Qg, Eg, Kt, decay, P, A, R, S (before each chunk); of no elements what the gates do not need, and R and
-    S, which only a backward reads, unless it is to follow."""
+    """Empty: G, Qg, Eg, Kt, decay, P, A, R, S (before each chunk), M of each segment; of no elements what the gates do
+    not need, R and S, which only a backward reads, unless it is to follow, and M unless sequences are cut."""
     M, C, HV, KP, VP = num_chunks, call.chunk, call.HV, call.KP, call.VP
     low, erased = call.dtype, call.erase > 0
     channels = (0, 1, KP)[call.gate]
@@ -32,7 +44,8 @@ def _between_kernels(call: Call, v: Tensor, num_chunks: int, keep: bool) -> list
     shapes += [(M, HV, channels), (M, HV, C, C), (M, HV, C, C if erased else 0)]
     shapes += [(M, HV, C, VP if keep else 0), (M, HV, KP, VP if keep else 0)]
     dtypes = [call.sum_dtype, low, low, low, torch.float32, low, low, low, low]
-    return [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return [*empty, what_segments_keep(call, v)]
 
 
 def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
@@ -44,7 +57,12 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
     initial = None if state is None else state.contiguous()
     with device_of(v):
         _prepare(call, chunks, q, k, g, erase, scale, kept)
-        _forward_states(call, chunks, v, write, initial, o, final, kept, keep)
+        segments = _segments(call, v, cu_seqlens, chunks)
+        if segments is None:
+            _forward_states(call, chunks, v, write, initial, o, final, kept, keep)
+        else:
+            before = states_before(call, segments, v, write, initial, final, kept)
+            _forward_states(call, segments.chunks, v, write, before, o, None, kept, keep)
     return [o, final, *kept] if keep else [o, final]
 
 
@@ -63,11 +81,11 @@ def _prepare(call: Call, chunks: Chunks, q, k, g, erase, scale: float, kept: lis
 
 
 def _forward_states(call: Call, chunks: Chunks, v, write, initial, o, final, kept: list[Tensor], keep: bool) -> None:
-    if final.numel() == 0:
+    if final is not None and final.numel() == 0:
         return
-    _, Qg, Eg, Kt, decay, P, A, R, S = kept
+    _, Qg, Eg, Kt, decay, P, A, R, S, _ = kept
     launch = call.config.forward
-    BV = call.value_block(launch, chunks, 2 * MULTIPROCESSORS)
+    BV = call.value_block(launch, chunks, ENOUGH_PROGRAMS)
     forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         v, write, *(strides_of(x) for x in (v, write)),
         Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks),
@@ -90,8 +108,13 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     d_write = None if write is None else torch.empty_like(write, memory_format=torch.contiguous_format)
     with device_of(v):
-        initial = None if state is None else state.contiguous()
-        carried = _backward_states(call, chunks, do, initial, d_final, d_state, dR, dS, kept)
+        segments = _segments(call, v, cu_seqlens, chunks)
+        if segments is None:
+            initial = None if state is None else state.contiguous()
+            carried = _backward_states(call, chunks, do, initial, d_final, d_state, dR, dS, kept)
+        else:
+            after = gradients_after(call, segments, do, d_final, d_state, kept)
+            carried = _backward_states(call, segments.chunks, do, None, after, None, dR, dS, kept)
         _backward_values(call, chunks, do, v, write, scale, R, dR, dv, d_write, dP, dT)
         dq, dk, dg, d_erase = _backward_keys(call, chunks, do, q, k, g, erase, scale, kept, dR, dS, dP, dT, carried)
     return [x for x in (dq, dk, dv, dg, d_erase, d_write, d_state) if x is not None]
@@ -99,7 +122,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
 
 def _backward_states(call: Call, chunks: Chunks, do, initial, d_final, d_state, dR, dS, kept: list[Tensor]) -> Tensor:
     launch = call.config.backward
-    BV = call.value_block(launch, chunks, 2 * MULTIPROCESSORS)
+    BV = call.value_block(launch, chunks, ENOUGH_PROGRAMS)
     blocks = call.VP // BV
     carried = d_final.new_empty(chunks.count, call.HV, blocks, call.KP if call.gate else 0)
     if d_final.numel() == 0:
@@ -148,6 +171,10 @@ def _backward_keys(call: Call, chunks: Chunks, do, q, k, g, erase, scale, kept: 
         )  # fmt: skip
     dq, dk = call.over_group(dq, q), call.over_group(dk, k)
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)
+
+
+def _segments(call: Call, v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks) -> Segments | None:
+    return segments_of(v, cu_seqlens, chunks, chunks, call.segment) if call.segment else None
 
 
 def kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:

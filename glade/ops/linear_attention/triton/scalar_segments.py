@@ -1,0 +1,150 @@
+"""Scalar gates, one long sequence: what each of its segments does to a state, all segments at once (`segments.py`).
+
+N is the state after the segment where the one before it is zero; it needs no q, and nothing of the pass is kept. M is
+what the same steps make of the unit matrix where nothing is written,
+
+    M = product over chunks of (exp(G_C) I - (exp(G_C - G) k)^T A erase exp(G) k),
+
+so that its columns follow those of N as further value channels whose v is zero. Without erase M is exp of the segment's
+sum of logs. dN is the gradient of the state before the segment where that of the one after it is zero. All is
+held as in `scalar_states.py`.
+"""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import triton
+import triton.language as tl
+
+from glade.ops.linear_attention.triton.scalar_states import chunk_decays
+from glade.ops.linear_attention.triton.tiles import (
+    NONE,
+    SCALAR,
+    VECTOR,
+    chunk_tokens,
+    load_rows,
+    pair_decay,
+    sequence_chunks,
+    token_head,
+    used_in_its_trip,
+)
+
+
+@triton.jit
+def scalar_forward_segments_kernel(
+    k, v, write, k_strides, v_strides, write_strides,
+    G, erase_rows, write_rows, A,
+    M, N,
+    starts, ends, firsts, num_tokens, chunks_a_row,
+    HV, GROUP, K, V,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, NUM_BLOCKS: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    segment_head = tl.program_id(0) // NUM_BLOCKS
+    block = tl.program_id(0) % NUM_BLOCKS
+    n, head = segment_head // HV, segment_head % HV
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
+    square = rows[:, None] * C + rows[None, :]
+    of_segment = segment_head.to(tl.int64)
+    # behind the value channels the rows of the unit matrix
+    S = tl.where(columns[:, None] - VP == dims[None, :], 1.0, 0.0)
+    kept = 1.0
+    for m in tl.range(first, end_chunk, num_stages=STAGES):
+        m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
+        row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        tile = m.to(tl.int64) * HV + head
+        k_head = token_head(k, k_strides, row, start, head // GROUP)
+        k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
+        if GATE == SCALAR:
+            _, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
+        v_tile = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V)
+        # never so, as in `scalar_states.py`
+        if live <= 0:
+            tl.store(N + columns[None, :] + rows[:, None], v_tile.to(tl.float32))
+        z = tl.trans(v_tile).to(tl.float32)
+        if WRITE == SCALAR:
+            z *= tl.load(write_rows + tile * C + rows)[None, :]
+        elif WRITE == VECTOR:
+            gate = token_head(write, write_strides, row, start, head)
+            z *= tl.trans(load_rows(gate, write_strides, rows, live, columns, V)).to(tl.float32)
+        if ERASE != NONE:
+            erased = tl.load(erase_rows + tile * C + rows)
+            if GATE == SCALAR:
+                erased *= to_row
+            z -= erased[None, :] * tl.dot(S.to(DTYPE), tl.trans(k_tile), input_precision=PRECISION)
+            inverse = tl.load(A + tile * C * C + square)
+            z = tl.dot(z.to(DTYPE), tl.trans(inverse), input_precision=PRECISION)
+        if GATE == SCALAR:
+            z *= to_end[None, :]
+            S *= decay
+            kept *= decay
+        S = used_in_its_trip(S, live, GATE, ERASE)
+        S = tl.dot(z.to(DTYPE), k_tile, S, input_precision=PRECISION)
+    states = columns[:, None] * KP + dims[None, :]
+    tl.store(N + of_segment * VP * KP + states, S, mask=(columns < VP)[:, None])
+    if ERASE != NONE:
+        of_keys = (columns >= VP) & (columns < VP + KP)
+        tl.store(M + of_segment * KP * KP + states - VP * KP, S, mask=of_keys[:, None])
+    elif block == 0:
+        tl.store(M + of_segment * KP + dims, tl.zeros([KP], tl.float32) + kept)
+
+
+@triton.jit
+def scalar_backward_segments_kernel(
+    do, q, k, q_strides, k_strides,
+    G, erase_rows, A,
+    dN,
+    starts, ends, firsts, num_tokens, chunks_a_row, scale,
+    HV, GROUP, K, V,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    NUM_BLOCKS: tl.constexpr = VP // BV
+    segment_head = tl.program_id(0) // NUM_BLOCKS
+    n, head = segment_head // HV, segment_head % HV
+    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    rows, dims = tl.arange(0, C), tl.arange(0, KP)
+    columns = (tl.program_id(0) % NUM_BLOCKS) * BV + tl.arange(0, BV)
+    not_after = rows[:, None] >= rows[None, :]
+    square = rows[:, None] * C + rows[None, :]
+    dS = tl.zeros([BV, KP], tl.float32)
+    for step in tl.range(0, end_chunk - first, num_stages=STAGES):
+        m = tl.zeros([], tl.int32) + (end_chunk - 1 - step)
+        row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        tile = m.to(tl.int64) * HV + head
+        q_head = token_head(q, q_strides, row, start, head // GROUP)
+        q_tile = load_rows(q_head, q_strides, rows, live, dims, K).to(DTYPE)
+        first_head = (row.to(tl.int64) * num_tokens + start) * HV + head
+        at_out = do + first_head * V + columns[None, :] + rows[:, None] * (HV * V)
+        d_out = tl.load(at_out, mask=(rows < live)[:, None] & (columns < V)[None, :], other=0.0).to(DTYPE)
+        d_out = tl.trans(d_out)
+        if GATE == SCALAR:
+            sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
+        if ERASE != NONE:
+            k_head = token_head(k, k_strides, row, start, head // GROUP)
+            k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
+            products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            if GATE == SCALAR:
+                products *= pair_decay(sums, C)
+            products = tl.where(not_after, products, 0.0).to(DTYPE)
+            z = tl.dot(dS.to(DTYPE), tl.trans(k_tile), input_precision=PRECISION)
+            if GATE == SCALAR:
+                z *= to_end[None, :]
+            z = tl.dot(d_out, products, z, input_precision=PRECISION)
+            z = tl.dot(z.to(DTYPE), tl.load(A + tile * C * C + square), input_precision=PRECISION)
+        d_out = d_out.to(tl.float32) * scale
+        if GATE == SCALAR:
+            d_out *= to_row[None, :]
+            dS *= decay
+        dS = used_in_its_trip(dS, live, GATE, ERASE)
+        dS = tl.dot(d_out.to(DTYPE), q_tile, dS, input_precision=PRECISION)
+        if ERASE != NONE:
+            erased = tl.load(erase_rows + tile * C + rows)
+            if GATE == SCALAR:
+                erased *= to_row
+            dS = tl.dot((z * -erased[None, :]).to(DTYPE), k_tile, dS, input_precision=PRECISION)
+    states = columns[:, None] * KP + dims[None, :]
+    tl.store(dN + segment_head.to(tl.int64) * VP * KP + states, dS)

@@ -1,0 +1,100 @@
+"""The states at the borders of the segments that long sequences are cut into, from what each segment does to a state.
+
+A segment turns the state S before it into M S + N, and a gradient dS of the state after it into M^T dS + dN. N, dN and
+M are made for all segments at once; this scan, over the few segments of a sequence, is all that remains in a row.
+"""
+
+# Triton is not installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glade.ops.linear_attention.triton.call import Call
+from glade.ops.linear_attention.triton.configs import WIDE
+from glade.ops.linear_attention.triton.launch import Segments, constants
+from glade.ops.linear_attention.triton.tiles import sequence_chunks
+
+SCANNED_BLOCK = 16  # value channels of a program of the scan: the fewest that a product takes
+
+
+@triton.jit
+def scan_segments_kernel(
+    M, N, given, states, last,
+    segments_a_row, firsts,
+    HV, K, V,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    MATRIX: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`states` of each segment, the state before it (REVERSE: the gradient of the one after it), and `last`, what is
+    behind all segments of a sequence; either of `given` (the state to begin with) and `last` may be None.
+
+    M [segments, HV, KP, KP], key channels of the state before by those of the state after it, or without erase (not
+    MATRIX) its diagonal [segments, HV, KP]; N [segments, HV, VP, KP]; states [segments, HV, K, V]. All are fp32.
+    """
+    NUM_BLOCKS: tl.constexpr = VP // BV
+    sequence_head = tl.program_id(0) // NUM_BLOCKS
+    n, head = sequence_head // HV, sequence_head % HV
+    first, end = sequence_chunks(n, segments_a_row, firsts)
+    dims, columns = tl.arange(0, KP), (tl.program_id(0) % NUM_BLOCKS) * BV + tl.arange(0, BV)
+    in_state = (columns < V)[:, None] & (dims < K)[None, :]
+    state_at = columns[:, None] + dims[None, :] * V
+    of_sequence = sequence_head.to(tl.int64) * K * V
+    if given is None:
+        S = tl.zeros([BV, KP], tl.float32)
+    else:
+        S = tl.load(given + of_sequence + state_at, mask=in_state, other=0.0)
+    # not pipelined: a trip reads what it has just written
+    for step in tl.range(0, end - first, num_stages=1):
+        segment = tl.zeros([], tl.int64) + (end - 1 - step if REVERSE else first + step)
+        tile = segment * HV + head
+        tl.store(states + tile * K * V + state_at, S, mask=in_state)
+        made = tl.load(N + tile * VP * KP + columns[:, None] * KP + dims[None, :])
+        if MATRIX:
+            # a product's left side by blocks of its channels, which registers cannot be cut into: from memory
+            tl.debug_barrier()
+            for block in tl.static_range(0, KP // BK):
+                summed = block * BK + tl.arange(0, BK)
+                inside = (columns < V)[:, None] & (summed < K)[None, :]
+                part_at = columns[:, None] + summed[None, :] * V
+                part = tl.load(states + tile * K * V + part_at, mask=inside, other=0.0)
+                if REVERSE:
+                    matrix = tl.trans(tl.load(M + tile * KP * KP + dims[:, None] * KP + summed[None, :]))
+                else:
+                    matrix = tl.load(M + tile * KP * KP + summed[:, None] * KP + dims[None, :])
+                made = tl.dot(part, matrix, made, input_precision=PRECISION)
+            S = made
+        else:
+            S = made + S * tl.load(M + tile * KP + dims)[None, :]
+    if last is not None:
+        tl.store(last + of_sequence + state_at, S, mask=in_state)
+
+
+def what_segments_keep(call: Call, v: Tensor) -> Tensor:
+    """Empty: M of every segment. It is kept for the backward: 4 K K bytes a segment, while to make it again takes
+    K / V of the first pass."""
+    return of_segments(call, v, *(call.KP,) * (1 + (call.erase > 0)))
+
+
+def of_segments(call: Call, x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(call.num_segments, call.HV, *shape, dtype=torch.float32)
+
+
+def blocks_of_both(call: Call, BV: int) -> int:
+    """How many blocks of BV channels hold the columns of N and those of M."""
+    return call.VP // BV + (-(-call.KP // BV) if call.erase else 0)
+
+
+def scan_segments(call: Call, segments: Segments, M: Tensor, N: Tensor, given, last, reverse: bool) -> Tensor:
+    """What `scan_segments_kernel` calls states."""
+    states = of_segments(call, N, call.K, call.V)
+    scan_segments_kernel[(call.VP // SCANNED_BLOCK * segments.whole.sequences * call.HV,)](
+        M, N, given, states, last, segments.whole.a_row, segments.whole.firsts,
+        *constants(call.HV, call.K, call.V),
+        KP=call.KP, VP=call.VP, BV=SCANNED_BLOCK, BK=min(call.KP, 32),
+        MATRIX=call.erase > 0, REVERSE=reverse, PRECISION=WIDE.precision,
+        num_warps=max(4, call.KP // 32),
+    )  # fmt: skip
+    return states
