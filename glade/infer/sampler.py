@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from glade.infer.config import SamplingParams
+from glade.infer.transfer import sent
 
 # tokens among which a nucleus is sought first
 _NARROW = 256
@@ -81,24 +82,50 @@ class Rules(NamedTuple):
 
 def rules_of(params: Sequence[SamplingParams], vocab: int, device: torch.device) -> Rules:
     """The rules of rows that draw with `params`."""
-    settings = [[p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty] for p in params]
-    # gathered on the host, where it is known what they hold, and sent as they are
-    rules = _rules(*torch.tensor(settings, dtype=torch.float64).view(-1, 5, 1).unbind(1), vocab=vocab)
-    return rules._replace(
-        temperature=rules.temperature.to(device, torch.float32),
-        top_k=rules.top_k.to(device, torch.int64),
-        top_p=rules.top_p.to(device, torch.float32),
-        min_p=rules.min_p.to(device, torch.float32),
-        penalty=rules.penalty.to(device, torch.float32),
-    )
+    (rules,) = _sent_rules(params, vocab, device, len(params))
+    return rules
+
+
+def rules_of_each(params: Sequence[SamplingParams], vocab: int, device: torch.device) -> list[Rules]:
+    """`rules_of` each row alone."""
+    return _sent_rules(params, vocab, device, 1)
+
+
+def _sent_rules(params: Sequence[SamplingParams], vocab: int, device: torch.device, size: int) -> list[Rules]:
+    """The rules of `size` rows at a time, gathered on the host, where it is known what they hold."""
+    settings = [(p.temperature, p.top_p, p.min_p, p.repetition_penalty) for p in params]
+    floats = torch.tensor(list(zip(*settings, strict=True)), dtype=torch.float64)[:, :, None]
+    top_k = torch.tensor([p.top_k for p in params])[:, None]
+    facts = _facts(floats[0], top_k, floats[1], floats[3], vocab)
+    temperature, top_p, min_p, penalty = (x.split(size) for x in sent(floats.float(), device))
+    columns = zip(temperature, sent(top_k, device).split(size), top_p, min_p, penalty, strict=True)
+    return [Rules(*part, *_of_rows(facts, i * size, size)) for i, part in enumerate(columns)]
 
 
 def _rules(temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, penalty: Tensor, *, vocab: int) -> Rules:
+    facts = _facts(temperature, top_k, top_p, penalty, vocab)
+    return Rules(temperature, top_k, top_p, min_p, penalty, *_of_rows(facts, 0, len(temperature)))
+
+
+class _Facts(NamedTuple):
+    """Of each row, what `Rules` knows of some."""
+
+    drawn: list[bool]
+    penalized: list[bool]
+    width: list[int]
+    whole: list[bool]
+
+
+def _facts(temperature: Tensor, top_k: Tensor, top_p: Tensor, penalty: Tensor, vocab: int) -> _Facts:
     limited = (top_k > 0) & (top_k < vocab)
     warm, restricted = temperature != 0, limited | (top_p < 1)
     width = torch.where(limited, top_k, vocab) * (restricted & warm)
-    facts = bool(warm.any()), bool((penalty != 1).any()), int(width.amax()) if len(width) else 0
-    return Rules(temperature, top_k, top_p, min_p, penalty, *facts, bool((warm & ~restricted).any()))
+    return _Facts(*(x.flatten().tolist() for x in (warm, penalty != 1, width, warm & ~restricted)))
+
+
+def _of_rows(facts: _Facts, first: int, size: int) -> tuple[bool, bool, int, bool]:
+    drawn, penalized, width, whole = (x[first : first + size] for x in facts)
+    return any(drawn), any(penalized), max(width, default=0), any(whole)
 
 
 def draw(logits: Tensor, rules: Rules, seen: Tensor | None, noise: Callable[[Tensor | None], Tensor] | None) -> Tensor:
