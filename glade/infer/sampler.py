@@ -80,52 +80,65 @@ class Rules(NamedTuple):
     whole: bool  # some row that is drawn keeps all
 
 
-def rules_of(params: Sequence[SamplingParams], vocab: int, device: torch.device) -> Rules:
-    """The rules of rows that draw with `params`."""
-    (rules,) = _sent_rules(params, vocab, device, len(params))
-    return rules
+class Facts(NamedTuple):
+    """What follows from the settings of a row, or of several: what `Rules` says of them."""
+
+    drawn: bool
+    penalized: bool
+    widest: int
+    whole: bool
 
 
-def rules_of_each(params: Sequence[SamplingParams], vocab: int, device: torch.device) -> list[Rules]:
+class Settings(NamedTuple):
+    """A row of `Rules`, on the host."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    penalty: float
+    facts: Facts
+
+
+def settings_of(params: SamplingParams, vocab: int) -> Settings:
+    """What a row draws by that draws with `params`."""
+    p = params
+    facts = _facts(p.temperature, p.top_k, p.top_p, p.repetition_penalty, vocab=vocab)
+    return Settings(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, facts)
+
+
+def rules_of(rows: Sequence[Settings], device: torch.device) -> Rules:
+    """The rules of a batch, sent to its device."""
+    temperature, top_k, top_p, min_p, penalty, facts = zip(*rows, strict=True)
+    floats = sent(torch.tensor([temperature, top_p, min_p, penalty])[:, :, None], device).unbind()
+    return Rules._make((floats[0], sent(torch.tensor(top_k)[:, None], device), *floats[1:], *_of_all(facts)))
+
+
+def rules_of_each(rows: Sequence[Settings], device: torch.device) -> list[Rules]:
     """`rules_of` each row alone."""
-    return _sent_rules(params, vocab, device, 1)
-
-
-def _sent_rules(params: Sequence[SamplingParams], vocab: int, device: torch.device, size: int) -> list[Rules]:
-    """The rules of `size` rows at a time, gathered on the host, where it is known what they hold."""
-    settings = [(p.temperature, p.top_p, p.min_p, p.repetition_penalty) for p in params]
-    floats = torch.tensor(list(zip(*settings, strict=True)), dtype=torch.float64)[:, :, None]
-    top_k = torch.tensor([p.top_k for p in params])[:, None]
-    facts = _facts(floats[0], top_k, floats[1], floats[3], vocab)
-    temperature, top_p, min_p, penalty = (x.split(size) for x in sent(floats.float(), device))
-    columns = zip(temperature, sent(top_k, device).split(size), top_p, min_p, penalty, strict=True)
-    return [Rules(*part, *_of_rows(facts, i * size, size)) for i, part in enumerate(columns)]
+    columns = zip(*(column.split(1) for column in rules_of(rows, device)[:5]), strict=True)
+    return [Rules._make((*part, *row.facts)) for part, row in zip(columns, rows, strict=True)]
 
 
 def _rules(temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, penalty: Tensor, *, vocab: int) -> Rules:
-    facts = _facts(temperature, top_k, top_p, penalty, vocab)
-    return Rules(temperature, top_k, top_p, min_p, penalty, *_of_rows(facts, 0, len(temperature)))
+    rows = zip(*(x.flatten().tolist() for x in (temperature, top_k, top_p, penalty)), strict=True)
+    return Rules(temperature, top_k, top_p, min_p, penalty, *_of_all([_facts(*row, vocab=vocab) for row in rows]))
 
 
-class _Facts(NamedTuple):
-    """Of each row, what `Rules` knows of some."""
-
-    drawn: list[bool]
-    penalized: list[bool]
-    width: list[int]
-    whole: list[bool]
+def _facts(temperature: float, top_k: int, top_p: float, penalty: float, *, vocab: int) -> Facts:
+    limited = 0 < top_k < vocab
+    warm, restricted = temperature != 0, limited or top_p < 1
+    width = top_k if limited else vocab
+    return Facts(warm, penalty != 1, width if warm and restricted else 0, warm and not restricted)
 
 
-def _facts(temperature: Tensor, top_k: Tensor, top_p: Tensor, penalty: Tensor, vocab: int) -> _Facts:
-    limited = (top_k > 0) & (top_k < vocab)
-    warm, restricted = temperature != 0, limited | (top_p < 1)
-    width = torch.where(limited, top_k, vocab) * (restricted & warm)
-    return _Facts(*(x.flatten().tolist() for x in (warm, penalty != 1, width, warm & ~restricted)))
-
-
-def _of_rows(facts: _Facts, first: int, size: int) -> tuple[bool, bool, int, bool]:
-    drawn, penalized, width, whole = (x[first : first + size] for x in facts)
-    return any(drawn), any(penalized), max(width, default=0), any(whole)
+def _of_all(rows: Sequence[Facts]) -> Facts:
+    return Facts(
+        drawn=any(facts.drawn for facts in rows),
+        penalized=any(facts.penalized for facts in rows),
+        widest=max((facts.widest for facts in rows), default=0),
+        whole=any(facts.whole for facts in rows),
+    )
 
 
 def draw(logits: Tensor, rules: Rules, seen: Tensor | None, noise: Callable[[Tensor | None], Tensor] | None) -> Tensor:

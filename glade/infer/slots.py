@@ -17,7 +17,7 @@ from glade.infer.captured.graphs import Graphs
 from glade.infer.config import SamplingParams
 from glade.infer.endings import Endings
 from glade.infer.rows import growing_layers, put, rest_, trim
-from glade.infer.sampler import Rules, draw, gumbel_noise, rules_of, rules_of_each
+from glade.infer.sampler import Rules, Settings, draw, gumbel_noise, rules_of, rules_of_each, settings_of
 from glade.infer.step import decode_step
 from glade.infer.transfer import Report, Token, sent
 from glade.model.lm import LanguageModel
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # tokens that a growing layer has room for at first; it doubles from there
 _MIN_ROOM = 64
-_FREE = SamplingParams(temperature=0)
+_FREE = settings_of(SamplingParams(temperature=0), 1)
 
 
 class _Batch(NamedTuple):
@@ -96,6 +96,7 @@ class Slots:
         self.unread = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.seen: Tensor | None = None
         self.params: list[SamplingParams | None] = [None] * size
+        self._settings: list[Settings] = [_FREE] * size
         self._seeds = [0] * size
         # tokens, of all steps launched, and how many there are when the last one is drawn
         self._read, self._last = [0] * size, [0] * size
@@ -132,6 +133,7 @@ class Slots:
         put(self.state, slot, state, self.growing)
         self.unread[slot] = unread
         self.params[slot], self._seeds[slot] = params, seed
+        self._settings[slot] = settings_of(params, self.vocab_size)
         if params.repetition_penalty != 1:
             self._remember(slot, [*read, unread])
         self._batch = None
@@ -141,7 +143,7 @@ class Slots:
         if not slots:
             return
         for slot in slots:
-            self.params[slot] = None
+            self.params[slot], self._settings[slot] = None, _FREE
             self._read[slot] = self._last[slot] = 0
         self._batch = None
         if self._under_way is not None:
@@ -255,12 +257,12 @@ class Slots:
             # a power of two, filled up with slots where nobody sits: few sizes are recorded, and soon all of them
             free = (slot for slot, params in enumerate(self.params) if params is None)
             rows = [*taken, *islice(free, (1 << (len(taken) - 1).bit_length()) - len(taken))]
-        params = [self.params[slot] or _FREE for slot in rows]
+        settings = [self._settings[slot] for slot in rows]
         size = len(rows)
         if self.device.type == "cpu" and program is None:
-            size, rules = 1, rules_of_each(params, self.vocab_size, self.device)
+            size, rules = 1, rules_of_each(settings, self.device)
         else:
-            rules = [rules_of(params, self.vocab_size, self.device)]
+            rules = [rules_of(settings, self.device)]
         if program is not None:
             rules = [each._replace(widest=_rounded_up(each.widest, self.vocab_size)) for each in rules]
         everybody = len(rows) == len(self.state) and program is None

@@ -13,7 +13,7 @@ from glade.infer import step as steps
 from glade.infer.config import SamplingParams
 from glade.infer.endings import Endings
 from glade.infer.engine import Engine, Request
-from glade.infer.sampler import draw, gumbel_noise, rules_of
+from glade.infer.sampler import draw, gumbel_noise, rules_of, settings_of
 from glade.infer.slots import Slots
 from glade.infer.step import decode_step
 from glade.model import LanguageModel, ModelConfig
@@ -242,7 +242,10 @@ def check_draws(batch, vocab):
     positions = torch.randint(2**40, (2 * batch,), generator=generator).to(DEVICE)
     settings = [(0.0, 0.0), (1.0, 0.0), (0.7, 0.1), (1.5, 0.02)]
     params = [SamplingParams(temperature=t, min_p=p) for t, p in (settings * batch)[:batch]]
-    rules, unread = rules_of(params, vocab, logits.device), torch.full((2 * batch,), -1, device=DEVICE)
+    rules, unread = (
+        rules_of([settings_of(p, vocab) for p in params], logits.device),
+        torch.full((2 * batch,), -1, device=DEVICE),
+    )
     assert suits(rules, 0)
     report = draw_(logits, rules, seeds, slots, positions, unread)
     ids = draw(logits, rules, None, lambda ids: gumbel_noise(seeds, positions[slots], vocab, ids))
