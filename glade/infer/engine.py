@@ -62,8 +62,8 @@ class Engine:
         max_waiting:    requests that may wait for a slot; beyond, `submit` raises `Busy`
         prefill_tokens: most tokens of prompts read in a step, and the distance of the snapshots taken of a long prompt
         cache_bytes:    bound of the prefix cache; 0 keeps nothing
-        max_state_bytes: bound of the keys and values of full attention, all rows together; it decides the longest
-            sequence that is taken in. Other layers do not grow
+        max_state_bytes: bound of the keys and values of full attention, all rows together (on a GPU there is a spare
+            one); it decides the longest sequence that is taken in. Other layers do not grow
         vocab_size:     the tokenizer's; ids from there on are never drawn. Default: all of the model's
         deterministic:  the bits of an answer are a function of its request: every decode step computes `max_batch`
             rows, every prompt is read alone, in chunks counted from its start, and only snapshots at the ends of such

@@ -5,6 +5,7 @@ the states is then what a GPU's stream does, in the same order, and a row's bits
 """
 
 import random
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -96,12 +97,15 @@ class Answer:
         self.deltas: list[Delta] = []
         self.ticket: Ticket | None = None
         self.cancel_at: int | None = None
+        self.ended = threading.Event()
 
     def __call__(self, delta: Delta) -> None:
         assert self.finished is None, "a delta after the last one"
         self.deltas.append(delta)
         if len(self.ids) == self.cancel_at and self.ticket is not None:
             self.ticket.cancel()
+        if delta.finished:
+            self.ended.set()
 
     @property
     def ids(self) -> list[int]:
@@ -346,6 +350,45 @@ def test_an_engine_whose_model_can_be_recorded_no_more_loses_no_token(recorded: 
     answers.append(ask(engine, (1, 2), params[2]))
     run(engine)
     assert [answer.ids for answer in answers] == [generate_ids(model, [(1, 2)], p)[0] for p in params]
+
+
+def test_closing_ends_what_is_under_way(recorded: None) -> None:
+    engine = Engine(model_of("gdn2"), max_batch=2)
+    answers = [ask(engine, (1, 2), SamplingParams(max_new_tokens=9, seed=i)) for i in range(3)]
+    for _ in range(3):
+        engine.step()
+    engine.close()
+    assert [answer.finished for answer in answers] == ["cancelled"] * 3
+    assert [len(answer.ids) for answer in answers] == [2, 2, 0] and not engine.step()
+
+
+def test_threads_that_submit_and_cancel(recorded: None) -> None:
+    """With the engine in a thread of its own: every answer that was not cancelled is that of the request alone."""
+    model = model_of("gdn2", torch.float64)
+    expected = {i: generate_ids(model, [(i, 1)], SamplingParams(max_new_tokens=8, seed=i))[0] for i in range(6)}
+    answers: list[tuple[int, Answer]] = []
+
+    def client(number: int) -> None:
+        for turn in range(6):
+            i = (number + turn) % 6
+            answer = Answer()
+            answer.cancel_at = 3 if (number + turn) % 4 == 0 else None
+            params = SamplingParams(max_new_tokens=8, seed=i)
+            answer.ticket = engine.submit(Request(prompt=(i, 1), params=params), answer)
+            answers.append((i, answer))
+            assert answer.ended.wait(60)
+
+    with Engine(model, max_batch=3) as engine:
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    assert len(answers) == 30
+    for i, answer in answers:
+        # a cancel may come a few tokens late: the listener that asks for it is called in the middle of a step
+        whole = expected[i][: len(answer.ids)] if answer.finished == "cancelled" else expected[i]
+        assert answer.ids == whole and (answer.finished == "length" or answer.cancel_at is not None)
 
 
 def test_slots_without_an_engine_take_one_step_at_a_time(recorded: None) -> None:
