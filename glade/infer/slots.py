@@ -44,6 +44,7 @@ class _Batch(NamedTuple):
     # works on stays in the cache.
     rules: list[tuple[slice, Rules]]
     tops: list[int]  # for each of `taken`, how many most likely tokens it reports
+    most_tops: int
     program: "Program | None"  # of a GPU, to be recorded
     kind: Hashable  # of recorded steps, those that do the same
     draw: Callable[..., Tensor] | None  # of a GPU, what draws and writes the report where nothing is put in order
@@ -222,7 +223,7 @@ class Slots:
         penalized = self.seen is not None and any(rules.penalized for _, rules in batch.rules)
         seen = self.seen[rows] if self.seen is not None and penalized else None
         reports = [self._draw(logits[part].float(), rules, seen, part, batch, positions) for part, rules in batch.rules]
-        report = torch.cat(reports)
+        report = torch.cat(reports) if len(reports) > 1 else reports[0]
         ids = report[:, 0]
         self.unread[rows] = ids
         if self._endings is not None and batch.slots is not None:
@@ -243,11 +244,13 @@ class Slots:
             rules,
             None if seen is None else seen[part],
             lambda ids: gumbel_noise(seeds, positions, self.vocab_size, ids),
-        )
+        )[:, None]
         logprobs = logits.log_softmax(dim=-1)
-        best, best_ids = logprobs.topk(max(batch.tops), dim=-1)
-        floats = torch.cat([logprobs.gather(1, ids[:, None]), best], dim=1).contiguous()
-        return torch.cat([ids[:, None], best_ids, floats.view(torch.int32).to(torch.int64)], dim=1)
+        floats = logprobs.gather(1, ids)
+        if batch.most_tops:
+            best, best_ids = logprobs.topk(batch.most_tops, dim=-1)
+            ids, floats = torch.cat([ids, best_ids], dim=1), torch.cat([floats, best], dim=1)
+        return torch.cat([ids, floats.view(torch.int32).to(torch.int64)], dim=1)
 
     def _seat(self) -> _Batch:
         taken = [slot for slot, params in enumerate(self.params) if params is not None]
@@ -270,6 +273,7 @@ class Slots:
         slots, occupied, seeds = sent(torch.tensor([rows, live, [self._seeds[slot] for slot in rows]]), self.device)
         resting = [] if program is not None else [slot for slot, taken in zip(rows, live, strict=True) if not taken]
         tops = [min(params.logprobs, self.vocab_size) for params in self.params if params is not None]
+        most_tops = max(tops)
         return _Batch(
             slots=None if everybody else slots,
             taken=taken,
@@ -278,10 +282,11 @@ class Slots:
             seeds=seeds,
             rules=list(zip((slice(start, start + size) for start in range(0, len(rows), size)), rules, strict=True)),
             tops=tops,
+            most_tops=most_tops,
             program=program,
-            kind=(len(rows), *rules[0][5:], max(tops), self.seen is None, self._endings and self._endings.most_stops),
+            kind=(len(rows), *rules[0][5:], most_tops, self.seen is None, self._endings and self._endings.most_stops),
             # few kernels sum a log-probability in their own order: padded, its bits would tell what rules others have
-            draw=None if program is None or self.padded else program.drawing(rules[0], max(tops)),
+            draw=None if program is None or self.padded else program.drawing(rules[0], most_tops),
             live=occupied,
             tensors=[slots, occupied, seeds, *rules[0][:5]],
         )

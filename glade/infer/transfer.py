@@ -49,9 +49,11 @@ class Report:
         self.wait()
         table = self._table.numpy()[self._rows]
         half = table.shape[1] // 2
-        ids, logprobs = table[:, :half].T.tolist(), table[:, half:].astype(np.int32).view(np.float32).T.tolist()
-        tops = map(_top, self._tops, zip(*ids[1:], strict=True), zip(*logprobs[1:], strict=True))
-        tokens = list(map(Token, self.taken, ids[0], logprobs[0], tops if half > 1 else repeat(())))
+        logprobs = table[:, half:].astype(np.int32).view(np.float32)
+        tops = repeat(())
+        if half > 1:
+            tops = map(_top, self._tops, table[:, 1:half].tolist(), logprobs[:, 1:].tolist())
+        tokens = list(map(Token, self.taken, table[:, 0].tolist(), logprobs[:, 0].tolist(), tops))
         return [token for token in tokens if token.row not in self.left] if self.left else tokens
 
 
