@@ -1,11 +1,13 @@
-"""Host time of an engine's step: what it does itself, between two replays of a recorded decode step.
+"""Host time of an engine's step: what it does itself, between two decode steps.
 
     OMP_NUM_THREADS=1 python bench/engine.py
     python bench/engine.py --batches 64 --profile
 
-A stand-in for a GPU's program answers at once, on the CPU; the model beside it is of 2 layers of width 32. Percentiles
-are over steps. In `steady` everybody decodes; in `answers of N` tokens each answer is followed by another request of
-one token, so that a step also holds its share of endings (the state is kept for the prefix cache) and beginnings.
+A stand-in for the program answers at once, on the CPU: `captured` for a GPU's recorded step with its sampling, `native`
+for a CPU's, whose rows the engine then draws; the model beside it is of 2 layers of width 32, sampling is greedy.
+Percentiles are over steps. In `steady` everybody decodes; in `answers of N` tokens each answer is followed by another
+request of one token, so that a step also holds its share of endings (the state is kept for the prefix cache) and
+beginnings.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,21 @@ VOCAB = 64
 class AtOnce:
     """What `decode_step`, its captured program and its recordings are to `Slots`, and no work at all."""
 
-    path, reason = "captured", ""
+    reason = ""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, path: str) -> None:
+        self.path = path
         self._answers: dict[int, Tensor] = {}
 
     @property
-    def captured(self) -> "AtOnce":
-        return self
+    def captured(self) -> "AtOnce | None":
+        return self if self.path == "captured" else None
+
+    def __call__(self, ids: Tensor, state: State, slots: Tensor | None = None) -> Tensor:
+        """Logits."""
+        if len(ids) not in self._answers:
+            self._answers[len(ids)] = torch.randn(len(ids), VOCAB)
+        return self._answers[len(ids)]
 
     def bind(self, state: State) -> object:
         return state.layers
@@ -66,10 +76,10 @@ def nobody(delta: Delta) -> None:
     assert delta.error is None, delta.error
 
 
-def time_steps(batch: int, length: int | None, steps: int, profile: bool) -> list[float]:
+def time_steps(path: str, batch: int, length: int | None, steps: int, profile: bool) -> list[float]:
     """Microseconds of each step."""
     model = LanguageModel(ModelConfig(mixer="gdn", vocab_size=VOCAB, num_layers=2, dim=32)).eval()
-    stand_in = AtOnce(model)
+    stand_in = AtOnce(path)
     slots.decode_step = lambda model: stand_in  # type: ignore[assignment]
     engine = Engine(model, max_batch=batch)
     engine._slots._graphs = stand_in  # type: ignore[assignment]
@@ -106,6 +116,7 @@ def time_steps(batch: int, length: int | None, steps: int, profile: bool) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paths", nargs="+", default=["captured", "native"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--length", type=int, default=100, help="tokens of an answer where answers end")
     parser.add_argument("--steps", type=int, default=5000, help="timed steps; a tenth as many go before")
@@ -113,24 +124,24 @@ def main() -> None:
     parser.add_argument("--no-csv", action="store_true", help="print only")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for length in (None, args.length):
-        for batch in args.batches:
-            times = time_steps(batch, length, args.steps, args.profile)
-            deciles = statistics.quantiles(times, n=10)
-            row = {
-                "what": "steady" if length is None else f"answers of {length}",
-                "batch": batch,
-                "steps": len(times),
-                "mean_us": f"{statistics.mean(times):.1f}",
-                "median_us": f"{statistics.median(times):.1f}",
-                "p10_us": f"{deciles[0]:.1f}",
-                "p90_us": f"{deciles[-1]:.1f}",
-                "device": processor(),
-                "versions": f"torch {torch.__version__}, python {platform.python_version()}",
-            }
-            print(*(f"{name} {value}" for name, value in list(row.items())[:7]), sep=", ", flush=True)
-            if not args.no_csv and not args.profile:
-                save(row)
+    for path, length, batch in product(args.paths, (None, args.length), args.batches):
+        times = time_steps(path, batch, length, args.steps, args.profile)
+        deciles = statistics.quantiles(times, n=10)
+        row = {
+            "path": path,
+            "what": "steady" if length is None else f"answers of {length}",
+            "batch": batch,
+            "steps": len(times),
+            "mean_us": f"{statistics.mean(times):.1f}",
+            "median_us": f"{statistics.median(times):.1f}",
+            "p10_us": f"{deciles[0]:.1f}",
+            "p90_us": f"{deciles[-1]:.1f}",
+            "device": processor(),
+            "versions": f"torch {torch.__version__}, python {platform.python_version()}",
+        }
+        print(*(f"{name} {value}" for name, value in list(row.items())[:8]), sep=", ", flush=True)
+        if not args.no_csv and not args.profile:
+            save(row)
 
 
 def save(row: dict[str, Any]) -> None:
