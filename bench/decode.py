@@ -137,7 +137,7 @@ def time_steps(args: argparse.Namespace, model: LanguageModel, sampling: str, ba
     times = []
     for step in range(4 + args.steps):
         start = time.perf_counter()
-        engine.step()  # ends with a copy to the host: it waits for the device by itself
+        engine.step()  # ends when tokens are on the host (a GPU's: of the step before), so it waits by itself
         if step >= 4:
             times.append(1e3 * (time.perf_counter() - start))
     state_bytes = engine.stats().state_bytes

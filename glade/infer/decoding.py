@@ -10,7 +10,8 @@ from glade.infer.config import SamplingParams
 from glade.infer.limits import check_length, check_prompt
 from glade.infer.prefill import PromptReader
 from glade.infer.prefix_cache import PrefixCache
-from glade.infer.slots import Slots, Token
+from glade.infer.slots import Slots
+from glade.infer.transfer import Token
 from glade.model.lm import LanguageModel
 from glade.model.state import State
 

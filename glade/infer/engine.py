@@ -3,6 +3,10 @@
 A step takes in waiting requests, reads at most one chunk of prompts, and decodes one token for every running sequence:
 a long prompt never holds up the others' tokens for longer than a chunk takes. `Slots` draws, `read` reads; here is who
 gets which slot, when, and why an answer ends.
+
+On a GPU a decode step has two phases, a step apart: it is launched, and while the next one computes, its tokens are
+collected and handed over. What an ended answer leaves behind does not know of the step launched too many: its slot has
+stepped aside on the device (`glade.infer.endings`).
 """
 
 import heapq
@@ -12,13 +16,15 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 
 from glade.errors import ConfigError, DataError, GladeError
 from glade.infer.limits import check_length, check_prompt, longest_sequence
 from glade.infer.prefill import PromptReader
 from glade.infer.prefix_cache import PrefixCache
 from glade.infer.request import Busy, Delta, Ending, EngineStats, Request, Ticket
-from glade.infer.slots import Slots, Token
+from glade.infer.slots import Slots
+from glade.infer.transfer import Token
 from glade.model.lm import LanguageModel
 from glade.model.state import State, check_state
 
@@ -56,8 +62,8 @@ class Engine:
         max_waiting:    requests that may wait for a slot; beyond, `submit` raises `Busy`
         prefill_tokens: most tokens of prompts read in a step, and the distance of the snapshots taken of a long prompt
         cache_bytes:    bound of the prefix cache; 0 keeps nothing
-        max_state_bytes: bound of the keys and values of full attention, all rows together; it decides the longest
-            sequence that is taken in. Other layers do not grow
+        max_state_bytes: bound of the keys and values of full attention, all rows together (on a GPU there is a spare
+            one); it decides the longest sequence that is taken in. Other layers do not grow
         vocab_size:     the tokenizer's; ids from there on are never drawn. Default: all of the model's
         deterministic:  the bits of an answer are a function of its request: every decode step computes `max_batch`
             rows, every prompt is read alone, in chunks counted from its start, and only snapshots at the ends of such
@@ -92,8 +98,9 @@ class Engine:
             raise ConfigError("deterministic does not go with a mixture of experts: leave deterministic out")
         self.model, self.max_batch, self.max_waiting = model, max_batch, max_waiting
         self.prefill_tokens, self.deterministic = prefill_tokens, deterministic
-        self.max_tokens = longest_sequence(model, max_batch, max_state_bytes)
-        self._slots = Slots(model, max_batch, vocab_size=vocab_size, max_room=self.max_tokens, padded=deterministic)
+        self._slots = Slots(model, max_batch, vocab_size=vocab_size, padded=deterministic, ahead=True)
+        self.max_tokens = longest_sequence(model, len(self._slots.state), max_state_bytes)
+        self._slots.max_room = self.max_tokens
         if self._slots.path not in ("native", "captured"):
             _log.warning("decoding is slower than it could be: %s", self._slots.path)
         self._cache = PrefixCache(cache_bytes, self._slots.growing)
@@ -237,9 +244,8 @@ class Engine:
                 self._waiting.remove(ticket)
         for ticket in dropped:
             _call(ticket, _CANCELLED)
-        for sequence in [*self._running.values(), *self._prompts.owners()]:
-            if sequence.ticket.cancelled:
-                self._end(sequence, _CANCELLED)
+        for sequence in [s for s in chain(self._running.values(), self._prompts.owners()) if s.ticket.cancelled]:
+            self._end(sequence, _CANCELLED)
 
     def _end_all(self, last: Delta) -> None:
         with self._changed:
@@ -262,6 +268,10 @@ class Engine:
             self._prompts.add(request.prompt[:-1], request.state, sequence)
 
     def _read_prompts(self) -> None:
+        if not len(self._prompts):
+            return
+        # tokens that are drawn already do not wait for a chunk to be read
+        self._collect(self._slots.settle)
         for done in self._prompts.step():
             if done.error is not None:
                 _log.error("a prompt could not be read; its request ends", exc_info=done.error)
@@ -274,17 +284,24 @@ class Engine:
 
     def _begin(self, sequence: _Sequence, state: State | None) -> None:
         request = sequence.request
-        self._slots.fill(sequence.slot, state, request.prompt[-1], request.params, sequence.seed, request.prompt)
+        self._slots.fill(
+            sequence.slot, state, request.prompt[-1], request.params, sequence.seed, request.prompt, request.stop_ids
+        )
         self._running[sequence.slot] = sequence
 
     def _decode(self) -> None:
-        if not self._running:
-            return
+        if self._running:
+            self._collect(self._slots.step)
+
+    def _collect(self, draw: Callable[[], list[Token]]) -> None:
+        """Hand on what `draw` says was drawn. If it raises, all that run end."""
         try:
-            tokens = self._slots.step()
+            tokens = draw()
         except Exception as error:
-            # half the layers may have read the token, so no state is what it should be
             _log.exception("a decode step failed; the sequences in it end")
+            # of the step before, if that one did not fail, too
+            self._collect(self._slots.settle)
+            # half the layers may have read the token, so no state is what it should be
             for sequence in tuple(self._running.values()):
                 self._end(sequence, Delta(-1, finished="error", error=f"the decode step failed: {error}"))
             return
@@ -293,20 +310,20 @@ class Engine:
 
     def _pass_on(self, sequence: _Sequence, token: Token) -> None:
         """Hand a drawn token to its request, and end the request if it was the last."""
-        request = sequence.request
-        if math.isnan(token.logprob):
+        _, id, logprob, top = token
+        if math.isnan(logprob):
             error = "the model's logits are not finite; the weights are damaged or overflow"
             self._end(sequence, Delta(-1, finished="error", error=error))
             return
-        sequence.drawn.append(token.id)
+        request, drawn = sequence.request, sequence.drawn
+        drawn.append(id)
         self._generated_tokens += 1
         finished: Ending | None = None
-        if token.id in request.stop_ids:
+        if id in request.stop_ids:
             finished = "eos"
-        elif len(sequence.drawn) == request.params.max_new_tokens:
+        elif len(drawn) == request.params.max_new_tokens:
             finished = "length"
-        cached = sequence.cached_tokens if len(sequence.drawn) == 1 else 0
-        delta = Delta(token.id, token.logprob, token.top, finished, cached)
+        delta = Delta(id, logprob, top, finished, sequence.cached_tokens if len(drawn) == 1 else 0)
         if finished is None:
             if not _call(sequence.ticket, delta):
                 self._end(sequence, Delta(-1, finished="error", error="the listener failed"))

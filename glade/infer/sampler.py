@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from glade.infer.config import SamplingParams
+from glade.infer.transfer import sent
 
 # tokens among which a nucleus is sought first
 _NARROW = 256
@@ -79,26 +80,65 @@ class Rules(NamedTuple):
     whole: bool  # some row that is drawn keeps all
 
 
-def rules_of(params: Sequence[SamplingParams], vocab: int, device: torch.device) -> Rules:
-    """The rules of rows that draw with `params`."""
-    settings = [[p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty] for p in params]
-    # gathered on the host, where it is known what they hold, and sent as they are
-    rules = _rules(*torch.tensor(settings, dtype=torch.float64).view(-1, 5, 1).unbind(1), vocab=vocab)
-    return rules._replace(
-        temperature=rules.temperature.to(device, torch.float32),
-        top_k=rules.top_k.to(device, torch.int64),
-        top_p=rules.top_p.to(device, torch.float32),
-        min_p=rules.min_p.to(device, torch.float32),
-        penalty=rules.penalty.to(device, torch.float32),
-    )
+class Facts(NamedTuple):
+    """What follows from the settings of a row, or of several: what `Rules` says of them."""
+
+    drawn: bool
+    penalized: bool
+    widest: int
+    whole: bool
+
+
+class Settings(NamedTuple):
+    """A row of `Rules`, on the host."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    penalty: float
+    facts: Facts
+
+
+def settings_of(params: SamplingParams, vocab: int) -> Settings:
+    """What a row draws by that draws with `params`."""
+    p = params
+    facts = _facts(p.temperature, p.top_k, p.top_p, p.repetition_penalty, vocab=vocab)
+    return Settings(p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, facts)
+
+
+def rules_of(rows: Sequence[Settings], device: torch.device) -> Rules:
+    """The rules of a batch, sent to its device."""
+    temperature, top_k, top_p, min_p, penalty, facts = zip(*rows, strict=True)
+    floats = sent(torch.tensor([temperature, top_p, min_p, penalty])[:, :, None], device).unbind()
+    return Rules._make((floats[0], sent(torch.tensor(top_k)[:, None], device), *floats[1:], *_of_all(facts)))
+
+
+def rules_of_each(rows: Sequence[Settings], device: torch.device) -> list[Rules]:
+    """`rules_of` each row alone."""
+    columns = zip(*(column.split(1) for column in rules_of(rows, device)[:5]), strict=True)
+    return [Rules._make((*part, *row.facts)) for part, row in zip(columns, rows, strict=True)]
 
 
 def _rules(temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, penalty: Tensor, *, vocab: int) -> Rules:
-    limited = (top_k > 0) & (top_k < vocab)
-    warm, restricted = temperature != 0, limited | (top_p < 1)
-    width = torch.where(limited, top_k, vocab) * (restricted & warm)
-    facts = bool(warm.any()), bool((penalty != 1).any()), int(width.amax()) if len(width) else 0
-    return Rules(temperature, top_k, top_p, min_p, penalty, *facts, bool((warm & ~restricted).any()))
+    rows = zip(*(x.flatten().tolist() for x in (temperature, top_k, top_p, penalty)), strict=True)
+    return Rules(temperature, top_k, top_p, min_p, penalty, *_of_all([_facts(*row, vocab=vocab) for row in rows]))
+
+
+def _facts(temperature: float, top_k: int, top_p: float, penalty: float, *, vocab: int) -> Facts:
+    limited = 0 < top_k < vocab
+    warm, restricted = temperature != 0, limited or top_p < 1
+    width = top_k if limited else vocab
+    return Facts(warm, penalty != 1, width if warm and restricted else 0, warm and not restricted)
+
+
+def _of_all(rows: Sequence[Facts]) -> Facts:
+    return Facts(
+        drawn=any(facts.drawn for facts in rows),
+        penalized=any(facts.penalized for facts in rows),
+        widest=max((facts.widest for facts in rows), default=0),
+        whole=any(facts.whole for facts in rows),
+    )
 
 
 def draw(logits: Tensor, rules: Rules, seen: Tensor | None, noise: Callable[[Tensor | None], Tensor] | None) -> Tensor:

@@ -5,20 +5,21 @@ It knows nothing of text, queues or stopping: `decoding` and `engine` decide who
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from glade.infer.captured.graphs import Graphs
 from glade.infer.config import SamplingParams
+from glade.infer.endings import Endings
 from glade.infer.rows import growing_layers, put, rest_, trim
-from glade.infer.sampler import Rules, draw, gumbel_noise, rules_of
+from glade.infer.sampler import Rules, Settings, draw, gumbel_noise, rules_of, rules_of_each, settings_of
 from glade.infer.step import decode_step
+from glade.infer.transfer import Report, Token, sent
 from glade.model.lm import LanguageModel
 from glade.model.state import State
 from glade.ops.attention import reserve
@@ -28,19 +29,7 @@ if TYPE_CHECKING:
 
 # tokens that a growing layer has room for at first; it doubles from there
 _MIN_ROOM = 64
-_FREE = SamplingParams(temperature=0)
-
-
-class Token(NamedTuple):
-    """One drawn token: `logprob` is its log-probability (nats) under the model, before any sampling rule.
-
-    It is nan where the model's logits are not finite; the token then has no meaning.
-    """
-
-    row: int  # index of its prompt, or its slot
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # the most likely ids with their log-probabilities, best first
+_FREE = settings_of(SamplingParams(temperature=0), 1)
 
 
 class _Batch(NamedTuple):
@@ -48,14 +37,16 @@ class _Batch(NamedTuple):
 
     slots: Tensor | None  # [B] int64; None is all rows in order
     taken: list[int]  # the slot of each row of the batch that is somebody's, in the batch's order
-    rows: Sequence[int]  # for each of `taken`, its row of the batch
+    rows: slice | list[int]  # for each of `taken`, its row of the batch
     resting: Tensor  # the slots that are computed along although nobody sits there
     seeds: Tensor  # [B] int64
     # Rows that are drawn in one go. On the CPU each alone: it pays for its own rules and no others', and what it
     # works on stays in the cache.
     rules: list[tuple[slice, Rules]]
     tops: list[int]  # for each of `taken`, how many most likely tokens it reports
+    most_tops: int
     program: "Program | None"  # of a GPU, to be recorded
+    kind: Hashable  # of recorded steps, those that do the same
     draw: Callable[..., Tensor] | None  # of a GPU, what draws and writes the report where nothing is put in order
     live: Tensor  # [B] int64: 1, or 0 where the row's slot is a resting one
     tensors: list[Tensor]  # what a recorded step reads of all this
@@ -76,9 +67,11 @@ class Slots:
 
     Args:
         vocab_size: ids from there on are never drawn (a model may have more ids than its tokenizer). Default: all
-        max_room: most tokens that growing layers get room for, in every row; None is no limit
         padded: compute all `size` rows at every step, empty ones too, so that every product has the same shape and a
             row's bits do not depend on how many others there are
+        ahead: where a GPU's recorded step decodes, launch a step before the tokens of the one before it are handed
+            over, so that the device is never idle. Each filled row then draws `max_new_tokens` at most, and must be
+            freed once its last token was handed over: it has stepped aside by then (`Endings`)
     """
 
     def __init__(
@@ -87,28 +80,41 @@ class Slots:
         size: int,
         *,
         vocab_size: int | None = None,
-        max_room: int | None = None,
         padded: bool = False,
+        ahead: bool = False,
     ) -> None:
-        self.model, self.size, self.max_room, self.padded = model, size, max_room, padded
+        self.model, self.size, self.padded = model, size, padded
+        # most tokens that growing layers get room for, in every row; None is no limit
+        self.max_room: int | None = None
         self.vocab_size = vocab_size or cast(int, model.config.vocab_size)
         self.device = model.embed.weight.device
         self._decode = decode_step(model)
         # for whoever asks, from any thread
         self.path = self._decode.path + (f": {self._decode.reason}" if self._decode.reason else "")
         self.growing = growing_layers(model)
-        self.state = model.init_state(size)
+        self._endings = Endings(size, self.device) if ahead and self._decode.captured is not None else None
+        self.state = model.init_state(size + (self._endings is not None))
         self.unread = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.seen: Tensor | None = None
         self.params: list[SamplingParams | None] = [None] * size
+        self._settings: list[Settings] = [_FREE] * size
         self._seeds = [0] * size
-        self._read = [0] * size
+        # tokens, of all steps launched, and how many there are when the last one is drawn
+        self._read, self._last = [0] * size, [0] * size
         self._batch: _Batch | None = None
+        self._under_way: Report | None = None
         self._graphs = Graphs(self.device)
         self._bound: Binding | None = None
 
     def fill(
-        self, slot: int, state: State | None, unread: int, params: SamplingParams, seed: int, read: Iterable[int] = ()
+        self,
+        slot: int,
+        state: State | None,
+        unread: int,
+        params: SamplingParams,
+        seed: int,
+        read: Iterable[int] = (),
+        stop_ids: Collection[int] = (),
     ) -> None:
         """A sequence sits down: its one-row `state` (None: nothing read) is copied in.
 
@@ -116,30 +122,44 @@ class Slots:
             unread: its last token, that the state has not seen
             seed:   with the token's position, all that its noise depends on
             read:   the ids that a repetition penalty weakens besides `unread` and those to be drawn
+            stop_ids: after any of these, its state must stay as it is: asked only of `ahead`
         """
         assert self.params[slot] is None, slot
         state = self.model.init_state(1) if state is None else state
-        self._read[slot] = int(state.position)
+        self._read[slot], self._last[slot] = int(state.position), sys.maxsize
+        if self._endings is not None:
+            self._last[slot] = self._read[slot] + params.max_new_tokens
+            self._endings.begin(slot, self._last[slot], stop_ids)
         self._make_room(self._read[slot])
         put(self.state, slot, state, self.growing)
         self.unread[slot] = unread
         self.params[slot], self._seeds[slot] = params, seed
+        self._settings[slot] = settings_of(params, self.vocab_size)
         if params.repetition_penalty != 1:
             self._remember(slot, [*read, unread])
         self._batch = None
 
-    def free(self, slots: Iterable[int]) -> None:
+    def free(self, slots: Collection[int]) -> None:
         """These sequences leave."""
+        if not slots:
+            return
         for slot in slots:
-            self.params[slot] = None
-            self._read[slot] = 0
-            self._batch = None
-            rest_(self.state, torch.tensor([slot], device=self.device))
+            self.params[slot], self._settings[slot] = None, _FREE
+            self._read[slot] = self._last[slot] = 0
+        self._batch = None
+        if self._under_way is not None:
+            self._under_way.left.update(slots)
+        spare = [] if self._endings is None else [self._endings.spare]
+        rest_(self.state, sent(torch.tensor([*slots, *spare]), self.device))
 
     def take(self, slots: Sequence[int]) -> State:
-        """A copy of what these rows have read: all their tokens but the last one drawn."""
-        longest = max((self._read[slot] for slot in slots), default=0)
-        return trim(self.state.select(list(slots)), longest, self.growing)
+        """A copy of what these rows have read: all their tokens but the last one drawn.
+
+        With `ahead`, of rows whose last token was handed over: the others may be a token further.
+        """
+        aside = () if self._under_way is None else self._under_way.taken
+        longest = max((self._read[slot] - (slot in aside) for slot in slots), default=0)
+        return trim(self.state.select(sent(torch.tensor(slots), self.device).long()), longest, self.growing)
 
     def held(self) -> AbstractContextManager[None]:
         """Inside, the model's weights stay where they are (`glade.infer.step.Step.held`)."""
@@ -147,28 +167,45 @@ class Slots:
 
     @torch.no_grad()
     def step(self) -> list[Token]:
-        """Read the unread token of every filled row and draw the next, in the order of the slots."""
+        """Read the unread token of every filled row and draw the next, in the order of the slots.
+
+        With `ahead`, the tokens are those of the step before, of rows that have not been freed since, and the step
+        launched now is under way: the first time there are none.
+        """
         batch = self._batch = self._batch or self._seat()
-        self._make_room(max(self._read) + 1)
+        if self._endings is None or batch.program is None:
+            return self.settle() or self._launch(batch).tokens()
+        before = self._under_way
+        goes_on = any(self._read[slot] < self._last[slot] for slot in batch.taken)
+        self._under_way = self._launch(batch) if goes_on else None
+        return [] if before is None else before.tokens()
+
+    def settle(self) -> list[Token]:
+        """The tokens of the step under way, if one is, and no new step."""
+        before, self._under_way = self._under_way, None
+        return [] if before is None else before.tokens()
+
+    def _launch(self, batch: _Batch) -> Report:
+        if any(self.growing):
+            self._make_room(max(map(min, (read + 1 for read in self._read), self._last)))
         with evaluating(self.model):
-            report = self._advance(batch) if batch.program is None else self._replay(batch, batch.program)
+            table = self._advance(batch) if batch.program is None else self._replay(batch, batch.program)
         for slot in batch.taken:
             self._read[slot] += 1
-        return _tokens(report, batch)
+        return Report(table, batch.taken, batch.rows, batch.tops)
 
     def _replay(self, batch: _Batch, program: "Program") -> Tensor:
         """`_advance` as one recorded graph."""
         bound = program.bind(self.state)
         if bound is not self._bound:
+            if self._under_way is not None:
+                self._under_way.wait()
             self._graphs.clear()
             self._bound = bound
-        rules = batch.rules[0][1]
-        facts = (rules.drawn, rules.penalized, rules.widest, rules.whole)
-        kind = (len(batch.live), *facts, max(batch.tops), self.seen is None)
-        return self._graphs.run(kind, batch.tensors, lambda tensors: self._advance(batch.of(tensors)))
+        return self._graphs.run(batch.kind, batch.tensors, lambda tensors: self._advance(batch.of(tensors)))
 
     def _advance(self, batch: _Batch) -> Tensor:
-        """The step as tensor code. Returns what `_tokens` reads."""
+        """The step as tensor code. Returns what `Report` reads."""
         rows = slice(None) if batch.slots is None else batch.slots
         if batch.program is None or batch.slots is None:
             if len(batch.resting):
@@ -176,18 +213,21 @@ class Slots:
             logits = self._decode(self.unread[rows], self.state, batch.slots)
         else:
             # ids that were drawn or checked, in rows that have room: nothing here asks the device for a value
-            logits = batch.program.enqueue(self.unread[rows], self.state, batch.slots, batch.live)
+            places = batch.slots if self._endings is None else self._endings.places(batch.slots)
+            logits = batch.program.enqueue(self.unread[rows], self.state, places, batch.live)
         logits = logits[:, : self.vocab_size]
         if batch.draw is not None and batch.slots is not None:
             (_, rules), *_ = batch.rules
-            return batch.draw(logits, rules, batch.seeds, batch.slots, self.state.position, self.unread)
+            return batch.draw(logits, rules, batch.seeds, batch.slots, self.state.position, self.unread, self._endings)
         positions = self.state.position[rows]
         penalized = self.seen is not None and any(rules.penalized for _, rules in batch.rules)
         seen = self.seen[rows] if self.seen is not None and penalized else None
         reports = [self._draw(logits[part].float(), rules, seen, part, batch, positions) for part, rules in batch.rules]
-        report = torch.cat(reports)
+        report = torch.cat(reports) if len(reports) > 1 else reports[0]
         ids = report[:, 0]
         self.unread[rows] = ids
+        if self._endings is not None and batch.slots is not None:
+            self._endings.step_aside_(batch.slots, ids, positions)
         if seen is not None and self.seen is not None:
             self.seen[rows] = seen.scatter(1, ids[:, None], True)
         return report
@@ -204,11 +244,13 @@ class Slots:
             rules,
             None if seen is None else seen[part],
             lambda ids: gumbel_noise(seeds, positions, self.vocab_size, ids),
-        )
+        )[:, None]
         logprobs = logits.log_softmax(dim=-1)
-        best, best_ids = logprobs.topk(max(batch.tops), dim=-1)
-        floats = torch.cat([logprobs.gather(1, ids[:, None]), best], dim=1).contiguous()
-        return torch.cat([ids[:, None], best_ids, floats.view(torch.int32).to(torch.int64)], dim=1)
+        floats = logprobs.gather(1, ids)
+        if batch.most_tops:
+            best, best_ids = logprobs.topk(batch.most_tops, dim=-1)
+            ids, floats = torch.cat([ids, best_ids], dim=1), torch.cat([floats, best], dim=1)
+        return torch.cat([ids, floats.view(torch.int32).to(torch.int64)], dim=1)
 
     def _seat(self) -> _Batch:
         taken = [slot for slot, params in enumerate(self.params) if params is not None]
@@ -218,34 +260,35 @@ class Slots:
             # a power of two, filled up with slots where nobody sits: few sizes are recorded, and soon all of them
             free = (slot for slot, params in enumerate(self.params) if params is None)
             rows = [*taken, *islice(free, (1 << (len(taken) - 1).bit_length()) - len(taken))]
-        params = [self.params[slot] or _FREE for slot in rows]
-        alone = self.device.type == "cpu" and program is None
-        size = 1 if alone else len(rows)
-        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-        rules = [rules_of(params[part], self.vocab_size, self.device) for part in parts]
+        settings = [self._settings[slot] for slot in rows]
+        size = len(rows)
+        if self.device.type == "cpu" and program is None:
+            size, rules = 1, rules_of_each(settings, self.device)
+        else:
+            rules = [rules_of(settings, self.device)]
         if program is not None:
             rules = [each._replace(widest=_rounded_up(each.widest, self.vocab_size)) for each in rules]
-        everybody = len(rows) == self.size and program is None
-        slots, live, seeds = torch.tensor(
-            [rows, [self.params[slot] is not None for slot in rows], [self._seeds[slot] for slot in rows]],
-            device=self.device,
-        )
-        tensors = [slots, live, seeds, *rules[0][:5]]
+        everybody = len(rows) == len(self.state) and program is None
+        live = [self.params[slot] is not None for slot in rows]
+        slots, occupied, seeds = sent(torch.tensor([rows, live, [self._seeds[slot] for slot in rows]]), self.device)
+        resting = [] if program is not None else [slot for slot, taken in zip(rows, live, strict=True) if not taken]
         tops = [min(params.logprobs, self.vocab_size) for params in self.params if params is not None]
-        # the few kernels sum a log-probability in their own order: padded, its bits would tell what rules others have
-        drawing = None if program is None or self.padded else program.drawing(rules[0], max(tops))
+        most_tops = max(tops)
         return _Batch(
             slots=None if everybody else slots,
             taken=taken,
-            rows=taken if self.padded else range(len(taken)),
-            resting=torch.tensor([slot for slot in rows if self.params[slot] is None], device=self.device).long(),
+            rows=taken if self.padded else slice(len(taken)),
+            resting=sent(torch.tensor(resting, dtype=torch.int64), self.device),
             seeds=seeds,
-            rules=list(zip(parts, rules, strict=True)),
+            rules=list(zip((slice(start, start + size) for start in range(0, len(rows), size)), rules, strict=True)),
             tops=tops,
+            most_tops=most_tops,
             program=program,
-            draw=drawing,
-            live=live,
-            tensors=tensors,
+            kind=(len(rows), *rules[0][5:], most_tops, self.seen is None, self._endings and self._endings.most_stops),
+            # few kernels sum a log-probability in their own order: padded, its bits would tell what rules others have
+            draw=None if program is None or self.padded else program.drawing(rules[0], most_tops),
+            live=occupied,
+            tensors=[slots, occupied, seeds, *rules[0][:5]],
         )
 
     def _make_room(self, tokens: int) -> None:
@@ -270,19 +313,6 @@ class Slots:
             self.seen = torch.zeros(self.size, self.vocab_size, dtype=torch.bool, device=self.device)
         self.seen[slot] = False
         self.seen[slot, torch.tensor(ids, device=self.device)] = True
-
-
-def _tokens(report: Tensor, batch: _Batch) -> list[Token]:
-    """The drawn ids on the host; the one place where a step waits for the device."""
-    table = report.cpu().numpy()
-    half = table.shape[1] // 2
-    numbers, floats = table.tolist(), table[:, half:].astype(np.int32).view(np.float32).tolist()
-    tokens = []
-    for slot, row, num_top in zip(batch.taken, batch.rows, batch.tops, strict=True):
-        logprob, *best = floats[row][: 1 + num_top]
-        id, *best_ids = numbers[row][: 1 + num_top]
-        tokens.append(Token(slot, id, logprob, tuple(zip(best_ids, best, strict=True))))
-    return tokens
 
 
 def _rounded_up(width: int, most: int) -> int:

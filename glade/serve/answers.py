@@ -11,6 +11,7 @@ from glade.errors import GladeError
 from glade.infer.config import SamplingParams
 from glade.infer.engine import Delta, Request, Ticket
 from glade.infer.text import AnswerText, Piece
+from glade.serve.handover import handover_to
 from glade.serve.served import Served
 
 
@@ -54,8 +55,9 @@ class Answers:
         self.prompt_tokens = sum(map(len, task.prompts))
         self.cached_tokens = self.completion_tokens = 0
         self._task = task
-        self._loop = asyncio.get_running_loop()
-        self._deadline = None if seconds is None else self._loop.time() + seconds
+        loop = asyncio.get_running_loop()
+        self._handover = handover_to(loop)
+        self._deadline = None if seconds is None else loop.time() + seconds
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._texts = {i: AnswerText(served.tokenizer, task.params.stop) for i in range(len(task.prompts) * task.num)}
         self._begun: set[int] = set()
@@ -103,9 +105,8 @@ class Answers:
             self.cancel()
 
     def _hand_over(self, choice: int, delta: Delta) -> None:
-        """Called by the engine's thread. A loop that is closed has no reader left."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deltas.put_nowait, (choice, delta))
+        """Called by the engine's thread."""
+        self._handover.call(partial(self._deltas.put_nowait, (choice, delta)))
 
     def _read(self, choice: int, delta: Delta) -> Piece:
         if delta.finished in ("error", "cancelled"):

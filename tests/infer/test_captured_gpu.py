@@ -11,8 +11,9 @@ import torch
 
 from glade.infer import step as steps
 from glade.infer.config import SamplingParams
+from glade.infer.endings import Endings
 from glade.infer.engine import Engine, Request
-from glade.infer.sampler import draw, gumbel_noise, rules_of
+from glade.infer.sampler import draw, gumbel_noise, rules_of, settings_of
 from glade.infer.slots import Slots
 from glade.infer.step import decode_step
 from glade.model import LanguageModel, ModelConfig
@@ -241,7 +242,10 @@ def check_draws(batch, vocab):
     positions = torch.randint(2**40, (2 * batch,), generator=generator).to(DEVICE)
     settings = [(0.0, 0.0), (1.0, 0.0), (0.7, 0.1), (1.5, 0.02)]
     params = [SamplingParams(temperature=t, min_p=p) for t, p in (settings * batch)[:batch]]
-    rules, unread = rules_of(params, vocab, logits.device), torch.full((2 * batch,), -1, device=DEVICE)
+    rules, unread = (
+        rules_of([settings_of(p, vocab) for p in params], logits.device),
+        torch.full((2 * batch,), -1, device=DEVICE),
+    )
     assert suits(rules, 0)
     report = draw_(logits, rules, seeds, slots, positions, unread)
     ids = draw(logits, rules, None, lambda ids: gumbel_noise(seeds, positions[slots], vocab, ids))
@@ -250,9 +254,26 @@ def check_draws(batch, vocab):
     assert (unread == -1).sum() == batch
     drawn = report[:, 1].to(torch.int32).view(torch.float32)
     torch.testing.assert_close(drawn, logprobs, rtol=1e-5, atol=1e-5)
+    check_endings(logits, rules, seeds, slots, positions, ids)
     logits[0, 1] = float("nan")
     bits = draw_(logits, rules, seeds, slots, positions, unread)[0]
     assert 0 <= bits[0] < vocab and bits[1].to(torch.int32).view(torch.float32).isnan()
+
+
+def check_endings(logits, rules, seeds, slots, positions, ids):
+    """Slots step aside as `Endings` says: those whose length is reached, and those that drew a stop id."""
+    from glade.infer.captured.draw import draw_
+
+    for most_stops in (1, 4):
+        ours, theirs = Endings(len(positions), logits.device), Endings(len(positions), logits.device)
+        for row, slot in enumerate(slots.tolist()):
+            last, stop = int(positions[slot]) + 1 - row % 3, int(ids[row]) if row % 2 else logits.shape[1]
+            for endings in (ours, theirs):
+                endings.begin(slot, last, [stop, -2, -3][: most_stops - 1] or [stop])
+        unread = torch.full_like(positions, -1)
+        draw_(logits, rules, seeds, slots, positions, unread, ours)
+        theirs.step_aside_(slots, ids, positions[slots])
+        assert torch.equal(ours.table, theirs.table) and ours.most_stops == most_stops
 
 
 @gpu
@@ -260,6 +281,40 @@ def check_draws(batch, vocab):
 def test_draws(vocab):
     for batch in (1, 3, 64):
         check_draws(batch, vocab)
+
+
+def check_ended_states(layers, dtype=torch.float32, **options):
+    """What answers leave that end by themselves, beside others that go on, is what the text without its last token is.
+
+    A token too many would be far from it, and its position another one."""
+    window = {"window": 6} if "swa" in layers else {}
+    model = make(dtype=dtype, layers=layers, **window, **options)
+    engine = Engine(model, max_batch=3, prefill_tokens=8)
+    said = []
+    for i in range(7):
+        said.append([])
+        stop_ids = frozenset(range(VOCAB // 2)) if i % 2 else frozenset()
+        params = SamplingParams(temperature=1.0, seed=i, max_new_tokens=3 + i)
+        request = Request(prompt=(i, 1), params=params, stop_ids=stop_ids, keep_state=True)
+        engine.submit(request, said[-1].append)
+    while engine.step():
+        pass
+    engine.close()
+    assert {deltas[-1].finished for deltas in said} == {"length", "eos"}
+    twin = in_fp64(model)
+    for i, deltas in enumerate(said):
+        ids = [i, 1, *(delta.token_id for delta in deltas)][:-1]
+        state, expected = deltas[-1].state, twin(torch.tensor([ids], device=DEVICE))[1]
+        assert torch.equal(state.position, expected.position)
+        for x, y in zip(tensors(state), tensors(expected), strict=True):
+            both = tuple(slice(min(sizes)) for sizes in zip(x.shape, y.shape, strict=True))
+            assert far(x[both], y[both]) < 20 * TOLERANCES[dtype].value
+
+
+@gpu
+@pytest.mark.parametrize("layers", ["gdn2", "gdn swa", "linear softmax", "rnn gla"])
+def test_an_ended_answer_s_state_is_not_a_token_too_far(layers):
+    check_ended_states(layers)
 
 
 @gpu
@@ -385,6 +440,7 @@ def in_the_interpreter():
     assert_steps_agree(make("swa", qk_norm=True, attention_gate=True, window=2, **small), 2)
     check_draws(5, 71)
     check_draws(2, 7)
+    check_ended_states("gdn softmax", **(small | {"num_layers": 2}))
     model = make(**small)
     few = [replace(params, max_new_tokens=4) for params in MIXED[:4]]
     recorded, records = answers(model, True, requests=few, max_batch=2)

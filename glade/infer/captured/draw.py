@@ -9,6 +9,7 @@ from torch import Tensor
 
 from glade.infer.captured.instructions import overlapping
 from glade.infer.captured.kernels import draw as kernels
+from glade.infer.endings import Endings
 from glade.infer.sampler import Rules
 
 _PARTS = 32
@@ -18,7 +19,15 @@ def suits(rules: Rules, most_tops: int) -> bool:
     return not (rules.widest or rules.penalized or most_tops)
 
 
-def draw_(logits: Tensor, rules: Rules, seeds: Tensor, slots: Tensor, positions: Tensor, unread: Tensor) -> Tensor:
+def draw_(
+    logits: Tensor,
+    rules: Rules,
+    seeds: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    unread: Tensor,
+    endings: Endings | None = None,
+) -> Tensor:
     """What `glade.infer.sampler.draw` draws with `gumbel_noise`, its log-probability beside it.
 
     Args:
@@ -27,6 +36,7 @@ def draw_(logits: Tensor, rules: Rules, seeds: Tensor, slots: Tensor, positions:
         slots:     [B] int64, of each row its place in the two tables:
         positions: [slots] int64, of the token to be drawn
         unread:    [slots] int64, where the ids are put
+        endings:   if there are any, slots whose answers these ids end step aside (`Endings.step_aside_`)
     Returns:
         [B, 2] int64: the id, and the bits of its log-probability under the logits, fp32.
     """
@@ -46,6 +56,7 @@ def draw_(logits: Tensor, rules: Rules, seeds: Tensor, slots: Tensor, positions:
         )  # fmt: skip
     kernels.choose_kernel[(B,)](
         logits, stride, vocab, tops, top_ids, sums, bests, best_ids, rules.temperature, slots, unread, report,
-        PARTS=parts, DRAWN=rules.drawn, **overlap,
+        positions, None if endings is None else endings.table, 0 if endings is None else endings.spare,
+        PARTS=parts, DRAWN=rules.drawn, STOPS=0 if endings is None else endings.most_stops, **overlap,
     )  # fmt: skip
     return report

@@ -84,9 +84,12 @@ def noise_kernel(
 @triton.jit
 def choose_kernel(
     logits, stride, vocab, tops, top_ids, sums, bests, best_ids, temperatures, slots, unread, report,
-    PARTS: tl.constexpr, DRAWN: tl.constexpr, OVERLAP: tl.constexpr,
+    positions, endings, spare, PARTS: tl.constexpr, DRAWN: tl.constexpr, STOPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """report [rows, 2]: the id, and the bits of its log-probability in fp32."""
+    """report [rows, 2]: the id, and the bits of its log-probability in fp32.
+
+    STOPS: stop ids of a slot in `endings`, which is told what has come to its end; 0: it is not there
+    """
     row = tl.program_id(0)
     wait(OVERLAP)
     parts = row * PARTS + tl.arange(0, PARTS)
@@ -103,6 +106,12 @@ def choose_kernel(
     id = tl.minimum(id, vocab - 1)
     chosen = tl.load(logits + row.to(tl.int64) * stride + id)
     logprob = chosen - top - tl.log(total)
-    tl.store(unread + tl.load(slots + row), id.to(tl.int64))
+    slot = tl.load(slots + row)
+    tl.store(unread + slot, id.to(tl.int64))
     tl.store(report + 2 * row, id.to(tl.int64))
     tl.store(report + 2 * row + 1, logprob.to(tl.int32, bitcast=True).to(tl.int64))
+    if STOPS:
+        at = endings + slot * (2 + STOPS)
+        stopped = tl.max((tl.load(at + 2 + tl.arange(0, STOPS)) == id).to(tl.int32), 0)
+        over = (stopped > 0) | (tl.load(positions + slot) >= tl.load(at + 1))
+        tl.store(at, spare, mask=over)
