@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glade.errors import BackendError
 from glade.ops.attention import (
@@ -182,6 +183,18 @@ def test_what_flash_attention_is_given(how, window, monkeypatch) -> None:
     monkeypatch.setattr(flash, "_flash", by_sequence)
     tensors, given = rows_and_documents(how, window, 8, torch.float32)
     assert_matches_reference(tensors, given.pop("state"), **given)
+
+
+@pytest.mark.parametrize("given_state", [False, True])
+def test_what_a_compiler_sees_of_flash_attention(given_state) -> None:
+    """The custom op, its gradient and their shapes, by tensors without values."""
+    with FakeTensorMode():
+        leaves = [x.requires_grad_() for x in inputs(3, 20, K=8, V=8, dtype=torch.bfloat16)]
+        state = empty_state(3, 9, 2, 8, 8, dtype=torch.bfloat16) if given_state else None
+        o = flash.attention(*leaves, None, 0.5, state, None)
+        gradients = torch.autograd.grad(o.sum(), leaves)
+    assert o.shape == leaves[0].shape
+    assert [x.shape for x in gradients] == [x.shape for x in leaves]
 
 
 @pytest.mark.gpu

@@ -93,9 +93,10 @@ def _kernel(
 ) -> list[Tensor]:
     """o, and the logarithms of the softmax's sums."""
     longest = _longest(cu_seqlens, T)
-    return torch.ops.aten._flash_attention_forward(
+    o, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, starts, key_starts, longest, P + longest, 0.0, window is None, False, scale=scale, **_seen(window)
-    )[:2]
+    )
+    return [o, lse]
 
 
 def _kernel_backward(
@@ -150,7 +151,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output, starts, key_starts, cu_seqlens)
 
 
-def _gradients(backward, ctx, do):
+def _gradients(backward, ctx, do, *_):
     return *backward(do, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
 
 
