@@ -16,11 +16,10 @@ held as in `scalar_states.py`.
 import triton
 import triton.language as tl
 
-from glade.ops.linear_attention.triton.scalar_states import chunk_decays
+from glade.ops.linear_attention.triton.scalar_states import chunk_decays, values_to_write
 from glade.ops.linear_attention.triton.tiles import (
     NONE,
     SCALAR,
-    VECTOR,
     chunk_tokens,
     load_rows,
     pair_decay,
@@ -59,16 +58,9 @@ def scalar_forward_segments_kernel(
         k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
         if GATE == SCALAR:
             _, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
-        v_tile = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V)
-        # never so, as in `scalar_states.py`
-        if live <= 0:
-            tl.store(N + columns[None, :] + rows[:, None], v_tile.to(tl.float32))
-        z = tl.trans(v_tile).to(tl.float32)
-        if WRITE == SCALAR:
-            z *= tl.load(write_rows + tile * C + rows)[None, :]
-        elif WRITE == VECTOR:
-            gate = token_head(write, write_strides, row, start, head)
-            z *= tl.trans(load_rows(gate, write_strides, rows, live, columns, V)).to(tl.float32)
+        z = values_to_write(
+            v, v_strides, write, write_strides, write_rows, N, row, start, head, tile, rows, live, columns, V, C, WRITE
+        )
         if ERASE != NONE:
             erased = tl.load(erase_rows + tile * C + rows)
             if GATE == SCALAR:

@@ -48,6 +48,26 @@ def chunk_decays(G, tile, rows, C: tl.constexpr):
 
 
 @triton.jit
+def values_to_write(
+    v, v_strides, write, write_strides, write_rows, elsewhere, row, start, head, tile, rows, live, columns, V,
+    C: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """write v, [value channels, tokens] in fp32."""
+    v_tile = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V)
+    # Never so: a second use, without which Triton lays v's copy in shared memory out as an operand, cannot write it
+    # in 4 bytes, and keeps the copies ahead in registers, waiting for each as soon as it is asked for.
+    if live <= 0:
+        tl.store(elsewhere + columns[None, :] + rows[:, None], v_tile.to(elsewhere.dtype.element_ty))
+    z = tl.trans(v_tile).to(tl.float32)
+    if WRITE == SCALAR:
+        z *= tl.load(write_rows + tile * C + rows)[None, :]
+    elif WRITE == VECTOR:
+        gate = token_head(write, write_strides, row, start, head)
+        z *= tl.trans(load_rows(gate, write_strides, rows, live, columns, V)).to(tl.float32)
+    return z
+
+
+@triton.jit
 def scalar_forward_states_kernel(
     q, k, v, write, q_strides, k_strides, v_strides, write_strides,
     G, erase_rows, write_rows, A,
@@ -93,17 +113,9 @@ def scalar_forward_states_kernel(
             products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
         products = tl.where(not_before, products, 0.0).to(DTYPE)
 
-        v_tile = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V)
-        # Never so: a second use, without which Triton lays v's copy in shared memory out as an operand, cannot write it
-        # in 4 bytes, and keeps the copies ahead in registers, waiting for each as soon as it is asked for.
-        if live <= 0:
-            tl.store(o + columns[None, :] + rows[:, None], v_tile)
-        z = tl.trans(v_tile).to(tl.float32)
-        if WRITE == SCALAR:
-            z *= tl.load(write_rows + tile * C + rows)[None, :]
-        elif WRITE == VECTOR:
-            gate = token_head(write, write_strides, row, start, head)
-            z *= tl.trans(load_rows(gate, write_strides, rows, live, columns, V)).to(tl.float32)
+        z = values_to_write(
+            v, v_strides, write, write_strides, write_rows, o, row, start, head, tile, rows, live, columns, V, C, WRITE
+        )
         S_low = S.to(DTYPE)
         out = tl.dot(S_low, tl.trans(q_tile), input_precision=PRECISION)
         if ERASE != NONE:

@@ -38,6 +38,18 @@ def decayed(S, decay, tile, dims, KP: tl.constexpr, GATE: tl.constexpr):
 
 
 @triton.jit
+def values_to_write(
+    v, v_strides, write, write_strides, row, start, head, rows, live, columns, V, WRITE: tl.constexpr,
+):  # fmt: skip
+    """write v, [tokens, value channels] in fp32."""
+    z = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V).to(tl.float32)
+    if WRITE != NONE:
+        gate = token_head(write, write_strides, row, start, head)
+        z = z * load_gate(gate, write_strides, rows, live, columns, V, WRITE)
+    return z
+
+
+@triton.jit
 def forward_states_kernel(
     v, write, v_strides, write_strides,
     Qg, Eg, Kt, decay, P, A,
@@ -73,10 +85,7 @@ def forward_states_kernel(
         row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
         tile = m.to(tl.int64) * HV + head
 
-        z = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V).to(tl.float32)
-        if WRITE != NONE:
-            gate = token_head(write, write_strides, row, start, head)
-            z = z * load_gate(gate, write_strides, rows, live, columns, V, WRITE)
+        z = values_to_write(v, v_strides, write, write_strides, row, start, head, rows, live, columns, V, WRITE)
         S_low = S.to(DTYPE)
         if KEEP:
             tl.store(S_before + tile * KP * VP + states, S_low)

@@ -16,14 +16,11 @@ zero. All is held as in `states.py`.
 import triton
 import triton.language as tl
 
-from glade.ops.linear_attention.triton.states import decayed
+from glade.ops.linear_attention.triton.states import decayed, values_to_write
 from glade.ops.linear_attention.triton.tiles import (
     NONE,
     chunk_tokens,
-    load_gate,
-    load_rows,
     sequence_chunks,
-    token_head,
     used_in_its_trip,
 )
 
@@ -55,10 +52,7 @@ def forward_segments_kernel(
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
         row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
         tile = m.to(tl.int64) * HV + head
-        z = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V).to(tl.float32)
-        if WRITE != NONE:
-            gate = token_head(write, write_strides, row, start, head)
-            z = z * load_gate(gate, write_strides, rows, live, columns, V, WRITE)
+        z = values_to_write(v, v_strides, write, write_strides, row, start, head, rows, live, columns, V, WRITE)
         if ERASE != NONE:
             z -= tl.dot(tl.load(Eg + tile * C * KP + wide), S.to(DTYPE), input_precision=PRECISION)
             z = tl.dot(tl.load(A + tile * C * C + square), z.to(DTYPE), input_precision=PRECISION)
