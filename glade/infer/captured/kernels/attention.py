@@ -4,7 +4,7 @@ Three kernels: `enter_kernel` norms and turns q and k and writes k and v into th
 cache in `SPLITS` parts, `join_kernel` sums the parts. Lengths are read on the device.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import triton

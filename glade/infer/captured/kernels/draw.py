@@ -4,7 +4,7 @@ Three kernels over parts of the vocabulary: `tops_kernel` finds each part's like
 exponentials, `noise_kernel` the best token with noise among those that min-p leaves, `choose_kernel` joins the parts.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import triton

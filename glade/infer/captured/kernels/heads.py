@@ -5,7 +5,7 @@
 A program has one value head of one row, with all of its state: what norms and gates need is its own.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import triton

@@ -4,7 +4,7 @@ A kernel may read before `wait` what the kernel just before it does not write: w
 After it, all that was launched before is done, and the next kernel may begin in turn.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import triton

@@ -10,7 +10,7 @@ norm before it and `finish_kernel` behind it.
 W is [N, K] in x's dtype, or int8 with a scale a row. All else is fp32.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import triton

@@ -1,6 +1,6 @@
 """The small kernels of a decode step: token vectors, norms that stand alone, positions."""
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import triton

@@ -3,7 +3,7 @@
 loss = log sum exp(z + b) - (z + b)[target]            dz = (exp(z + b - normaliser) - onehot(target)) dloss
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import triton

@@ -6,7 +6,7 @@ operands come out wrong in some kernels (wrong results, the same each time, or r
 whole process, unless the user has set TRITON_PTXAS_PATH.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false
 
 import os

@@ -1,6 +1,6 @@
 """Sizes, kinds of gates and block sizes of one call: what all launches are given alike."""
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import torch

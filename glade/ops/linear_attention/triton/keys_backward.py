@@ -13,7 +13,7 @@ Then dk = dk' + erase de, d_erase = k de, and per channel
 Gradients that are summed over channels (those of scalar gates) are written for each block of channels.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

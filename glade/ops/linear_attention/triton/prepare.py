@@ -11,7 +11,7 @@ inverse follows the same levels: with X the inverse of the diagonal blocks and T
 the blocks of twice the size is X - X T_l X.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

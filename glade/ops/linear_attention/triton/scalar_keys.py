@@ -15,7 +15,7 @@ and, with the diagonal of do R^T, which does not decay, added to dq and dk' last
 Without erase R is write v, read again. Gradients of the gates are written for each block of key channels.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

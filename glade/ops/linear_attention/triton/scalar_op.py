@@ -9,7 +9,7 @@ pass over states, which takes segments then.
 No program adds to what another writes, so that a call gives the same bits each time.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import torch

@@ -6,7 +6,7 @@ chunk (in their tensors a head's numbers lie HV apart), G as the running sum of 
     A = (I + tril(erase_r exp(G_r - G_c) k_r k_c, -1))^-1
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

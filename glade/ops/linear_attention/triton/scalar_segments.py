@@ -10,7 +10,7 @@ sum of logs. dN is the gradient of the state before the segment where that of th
 held as in `scalar_states.py`.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

@@ -5,7 +5,7 @@ passes over states then take each segment as a sequence of its own.
     backward   what each segment adds to a gradient (dN), then the scan from the last segment to the first, with M
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from torch import Tensor

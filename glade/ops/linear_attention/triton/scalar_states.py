@@ -20,7 +20,7 @@ as they lie in memory. R, dR^ and do do not depend on chunks; of S and dS only t
 are kept, for `scalar_keys`.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

@@ -4,7 +4,7 @@ A segment turns the state S before it into M S + N, and a gradient dS of the sta
 M are made for all segments at once; this scan, over the few segments of a sequence, is all that remains in a row.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import torch

@@ -10,7 +10,7 @@ What a chunk's decay has from the state it carries on, rowsum(S dS), is summed h
 the given state in fp32: in a short sequence it is all there is to the gradient of g.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

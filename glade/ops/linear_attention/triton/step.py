@@ -1,6 +1,6 @@
 """The decode step in one kernel: a token a row, the state read once and written in place, one program a block of it."""
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import torch

@@ -4,7 +4,7 @@ A gate is none (0), scalar (1) or vector (2), as compile-time constants. Logs of
 a chunk's logs up to and including a row is fp32 for bf16 inputs and fp64 otherwise.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

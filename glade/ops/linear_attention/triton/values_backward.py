@@ -3,7 +3,7 @@
 dP = scale tril(do R^T)      dT = -tril(dR^ R^T, -1)      dv = write dR^      d_write = v dR^
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

@@ -10,7 +10,7 @@ exp of the segment's sums of logs. dN is the gradient of the state before the se
 zero. All is held as in `states.py`.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import triton

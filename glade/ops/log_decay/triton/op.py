@@ -4,7 +4,7 @@ u = z + bias, x = u (softplus) or -u (logsigmoid)        g = -rate softplus(x)
 dx = -dg rate sigmoid(x)        drate = -sum dg softplus(x)        dz = dx or -dx, dbias its sum
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import torch

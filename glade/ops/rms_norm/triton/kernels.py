@@ -9,7 +9,7 @@ With u = x / sqrt(mean(x^2) + eps):
 The gradient of the weight is summed over a program's rows here and over programs by torch, in the order of the rows.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import triton

@@ -1,6 +1,6 @@
 """The launches of the norm's kernels, as torch custom ops."""
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import torch

@@ -2,7 +2,7 @@
 op. The gradient is turned back by the same angle: the same kernel.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from functools import cache

@@ -16,7 +16,7 @@ t < lag. All arithmetic is fp32.
 CROSSES says that a segment may hold the border of two documents; else its document is known before the walk.
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import triton

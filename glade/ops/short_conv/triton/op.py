@@ -1,6 +1,6 @@
 """The launches of the short convolution's kernels, as a torch custom op."""
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import math

@@ -3,7 +3,7 @@
 y = silu(gate) up         dgate = dy up s (1 + gate (1 - s)),  dup = dy gate s,  s = sigmoid(gate) made again
 """
 
-# Triton is not installed where there is no GPU
+# Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import torch
