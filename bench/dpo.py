@@ -39,6 +39,7 @@ from glade.train.align_config import DpoTrainSettings
 from glade.train.dpo import Preferences, Steps
 from glade.train.loop import StepResult, Trainer
 from glade.train.optim import build_optimizer
+from glade.train.passes import Direct, Recorded, why_not_recorded
 from glade.train.preference_loss import sigmoid
 from glade.train.reference import reference
 from glade.train.run import precision_context
@@ -140,7 +141,10 @@ class Ours:
         settings = DpoTrainSettings(
             lr=LR, schedule="constant", warmup=0.0, beta1=0.9, beta2=0.999, weight_decay=0.0, batch_size=per_step
         )
-        preferences = Preferences(model.train(), pairs, known, partial(sigmoid, beta=BETA), device)
+        refusal = why_not_recorded(model, bf16=precision_name == "bf16")
+        passes = Recorded(model, device) if device.type == "cuda" and refusal is None else Direct(model, device)
+        preferences = Preferences(passes, pairs, known, partial(sigmoid, beta=BETA))
+        model.train()
         self.trainer = Trainer(
             model=model,
             objective=InOrder(preferences, len(pairs), per_step, 1, 0),

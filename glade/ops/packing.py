@@ -5,7 +5,8 @@ document i is tokens cu_seqlens[i] : cu_seqlens[i + 1]. It starts at 0, never fa
 be empty.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TypeVar
 
@@ -19,8 +20,8 @@ Answer = TypeVar("Answer")
 def once(ask: Callable[..., Answer]) -> Callable[..., Answer]:
     """`ask(cu_seqlens, *numbers)`, once for each version of a tensor: all layers of a model share the answer.
 
-    Not where a compiler looks on, which would see the first call only, nor while a CUDA graph is recorded: what it
-    reads must outlive it.
+    Not where a compiler looks on, which would see the first call only, nor while a CUDA graph is recorded, which would
+    read what may be gone by then, unless `asked_once_a_recording`.
     """
     answers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> its version, and an answer by numbers
 
@@ -28,7 +29,7 @@ def once(ask: Callable[..., Answer]) -> Callable[..., Answer]:
     def known_or_asked(cu_seqlens: Tensor, *numbers: int) -> Answer:
         if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor or cu_seqlens.is_inference():
             return ask(cu_seqlens, *numbers)
-        if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        if cu_seqlens.is_cuda and not _answers_are_recorded and torch.cuda.is_current_stream_capturing():
             return ask(cu_seqlens, *numbers)
         version, known = answers.get(cu_seqlens) or (None, {})
         if version != cu_seqlens._version:
@@ -40,6 +41,31 @@ def once(ask: Callable[..., Answer]) -> Callable[..., Answer]:
         return known[numbers]
 
     return known_or_asked
+
+
+# a plain variable, which the thread of a backward reads too
+_answers_are_recorded = False
+
+
+@contextmanager
+def asked_once_a_recording() -> Iterator[None]:
+    """While inside, CUDA graphs are recorded of which each replay begins by finding the answers of `once` anew, in the
+    place where the others read them: graphs of one memory pool, of tensors that nothing else is asked about.
+    """
+    global _answers_are_recorded
+    before, _answers_are_recorded = _answers_are_recorded, True
+    try:
+        yield
+    finally:
+        _answers_are_recorded = before
+
+
+_longest: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def declare_longest(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """No document of `cu_seqlens` is longer than this, whatever else is written there: `longest_document` says so."""
+    _longest[cu_seqlens] = num_tokens
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int) -> int:
@@ -79,10 +105,31 @@ def _checked_borders(cu_seqlens: Tensor, num_tokens: int) -> tuple[int, ...]:
     return borders
 
 
+def checked_borders(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """cu_seqlens after a look at its values.
+
+    A look waits for the device, which a CUDA graph cannot record; while one is recorded, nothing is looked at and
+    borders are only held to 0 ... T, so that no program leaves its tensors.
+
+    Raises:
+        ValueError: the values do not fit.
+    """
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return cu_seqlens.clamp(0, num_tokens).cummax(0).values
+    document_borders(cu_seqlens, num_tokens)
+    return cu_seqlens
+
+
 def longest_document(cu_seqlens: Tensor, num_tokens: int) -> int:
-    """The most tokens of a document: a number that depends on values, so that tracing stops at it."""
+    """The most tokens of a document: a number that depends on values, so that tracing stops at it. Where a bound was
+    declared, or a CUDA graph is recorded and nothing may be read, it is that bound, or all tokens."""
     if torch.compiler.is_compiling():
         return int(cu_seqlens.diff().max())
+    declared = _longest.get(cu_seqlens)
+    if declared is not None:
+        return min(declared, num_tokens)
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return num_tokens
     borders = document_borders(cu_seqlens, num_tokens)
     return max(borders[i + 1] - borders[i] for i in range(len(borders) - 1))
 

@@ -38,6 +38,9 @@ class LoopSettings:
     recompute: Literal["none", "op", "layer"] = setting(
         "none", "what the backward computes again instead of keeping: the recurrence's insides, or whole layers"
     )
+    cuda_graphs: Literal["auto", "on", "off"] = setting(
+        "auto", "record passes on a GPU and replay them, so that no kernel waits for Python; auto: where that can be"
+    )
     compile: bool = setting(False, "torch.compile the model: faster steps, a minute or more before the first")
     eval_every: int = setting(250, "steps between evaluations on what is held out; 0: only at the end")
     save_every: int = setting(0, "steps between checkpoints; 0: with every evaluation")

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from glade.data.preference import Pair, load_pairs
@@ -21,10 +20,11 @@ from glade.train.align import Alignment, evaluating
 from glade.train.align_config import DpoRun
 from glade.train.examples import grouped, samples, spaced
 from glade.train.loop import Pass
+from glade.train.passes import Direct, Passes, sent
 from glade.train.preference_loss import LOSSES, Metrics, PairLogProbs
 from glade.train.reference import PASS_TOKENS, Reference, default_cache, pack_pairs, reference
 from glade.train.run import Results, Run, precision_context, report, uses_bf16
-from glade.train.shared_prompt import sum_by_answer, token_log_probs
+from glade.train.shared_prompt import answer_log_probs, sum_by_answer
 
 LR_AT_128 = 5e-5
 
@@ -81,22 +81,23 @@ class Preferences:
     not the model's own.
     """
 
-    model: Callable[..., Any]
+    read: Passes
     pairs: Sequence[Pair]
     reference: Reference | None
     loss: Callable[..., tuple[Tensor, Metrics]]
-    device: torch.device
 
     def judge(self, chosen: Sequence[int]) -> Judged:
         """Some of the pairs, by number."""
-        batch = pack_pairs([self.pairs[i] for i in chosen]).to(self.device)
-        log_probs, load_balance = token_log_probs(self.model, batch)
-        policy = by_pair(log_probs, batch.borders)
+        batch = pack_pairs([self.pairs[i] for i in chosen])
+        log_probs, load_balance = self.read(answer_log_probs, batch)
+        log_probs = log_probs[: batch.ids.shape[1]]  # what follows is padding
+        borders = sent(batch.borders, log_probs.device)
+        policy = by_pair(log_probs, borders)
         if self.reference is None:
             return Judged(*self.loss(policy), batch.num_tokens, load_balance)
-        before = self.reference.of(chosen).to(self.device)
-        loss, metrics = self.loss(policy, by_pair(before, batch.borders))
-        moved = by_pair((log_probs.detach() - before).square() / 2, batch.borders).mean()
+        before = sent(self.reference.of(chosen), log_probs.device)
+        loss, metrics = self.loss(policy, by_pair(before, borders))
+        moved = by_pair((log_probs.detach() - before).square() / 2, borders).mean()
         metrics["kl"] = (moved.chosen + moved.rejected) / 2
         return Judged(loss, metrics, batch.num_tokens, load_balance)
 
@@ -160,22 +161,22 @@ class PreferenceTraining(Alignment):
         pairs = self.examples.train + self.examples.heldout
         return max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs) - 1
 
-    def preferences(self, forward: Callable[..., Any]) -> Preferences:
+    def preferences(self, passes: Passes) -> Preferences:
         settings = self.config.dpo
         loss = partial(LOSSES[settings.loss], **settings.arguments())
-        return Preferences(forward, self.pairs, self.reference, loss, self.device)
+        return Preferences(passes, self.pairs, self.reference, loss)
 
-    def objective(self, forward: Callable[..., Any]) -> Steps:
+    def objective(self, passes: Passes) -> Steps:
         s = self.settings
         num_pairs = len(self.examples.train)
-        return Steps(self.preferences(forward), num_pairs, s.batch_size, s.accumulate, self.config.seed)
+        return Steps(self.preferences(passes), num_pairs, s.batch_size, s.accumulate, self.config.seed)
 
     def evaluate(self, *, whole: bool) -> HeldoutPairs | None:
         first = len(self.examples.train)
         chosen = [first + i for i in spaced(len(self.examples.heldout), None if whole else self.settings.eval_examples)]
         if not chosen:
             return None
-        preferences = self.preferences(self.model)
+        preferences = self.preferences(Direct(self.model, self.device))
         sums: dict[str, float] = {}
         with evaluating(self.model):
             for group in grouped([sum(map(len, self.pairs[i])) for i in chosen], PASS_TOKENS):

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from glade.data.order import permutation
 
@@ -49,3 +51,33 @@ def lay_out(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """The documents end to end in one row [1, tokens] int64, and their borders [N + 1] int32."""
     ids = torch.tensor(list(chain.from_iterable(documents)), dtype=torch.int64)
     return ids[None], torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32)
+
+
+class Row(NamedTuple):
+    """Tokens, each with the one that is to follow: in rows, or documents packed into one row."""
+
+    ids: Tensor  # [B, T]
+    targets: Tensor  # [B, T]; -1: none
+    cu_seqlens: Tensor | None  # [N + 1] int32
+
+    def padded(self) -> Self:
+        """For `glade.train.passes`: a packed row with tokens that have no target, and documents that have no token."""
+        if self.cu_seqlens is None:
+            return self
+        extra = rounded_up(self.ids.shape[1], 16) - self.ids.shape[1]
+        ids, targets = pad(self.ids, (0, extra)), pad(self.targets, (0, extra), value=-1)
+        return self._replace(ids=ids, targets=targets, cu_seqlens=padded_borders(self.cu_seqlens, ids.shape[1]))
+
+    def all_borders(self) -> Sequence[Tensor]:
+        return () if self.cu_seqlens is None else (self.cu_seqlens,)
+
+
+def padded_borders(borders: Tensor, num_tokens: int) -> Tensor:
+    """Borders that go on to `num_tokens`: the tokens up to there are a document of their own, and empty ones follow."""
+    return pad(borders, (0, rounded_up(len(borders) + 1, 4) - len(borders)), value=num_tokens)
+
+
+def rounded_up(n: int, sizes: int) -> int:
+    """n, or the next of `sizes` (a power of two) evenly spaced numbers from one power of two to the next."""
+    step = 1 << max(0, n.bit_length() - sizes.bit_length())
+    return -(-n // step) * step

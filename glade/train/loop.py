@@ -279,11 +279,6 @@ def _sum(values: list[Tensor]) -> Tensor:
     return torch.stack(values).sum()
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device of the model; to a GPU from pinned memory, which nothing waits for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[str]]:
     """While inside, the innermost module whose output is the first that is not finite is named in the list."""

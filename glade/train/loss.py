@@ -1,6 +1,16 @@
 """Losses as pure functions of what a model returned."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
+
+
+def token_losses(model: Callable[..., Any], *row: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The losses of a `glade.train.examples.Row`, [B, T] in nats, and the load-balancing loss of experts."""
+    ids, targets, cu_seqlens = row
+    losses, state = model(ids=ids, targets=targets, cu_seqlens=cu_seqlens, return_state=False)
+    return losses, state.load_balance
 
 
 def next_token_loss(losses: Tensor, num_tokens: int) -> Tensor:

@@ -3,7 +3,6 @@
 Next-token prediction as a task: the corpus (`glade.data`), a model with fresh or copied weights, its perplexity.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +15,11 @@ from glade.errors import ConfigError
 from glade.evals.perplexity import Perplexity, heldout_batch_tokens, perplexity
 from glade.interop.load import find_device
 from glade.train.config import TrainRun
-from glade.train.loop import Pass, sent
-from glade.train.loss import next_token_loss
+from glade.train.examples import Row
+from glade.train.loop import Pass
+from glade.train.loss import next_token_loss, token_losses
 from glade.train.optim import peak_learning_rate
+from glade.train.passes import Passes
 from glade.train.resume import open_run
 from glade.train.run import Results, Run, precision_context, report
 from glade.train.start import starting_model
@@ -52,20 +53,18 @@ def run(config: TrainRun) -> None:
 class NextTokens:
     """The objective of pretraining: the mean loss of the next token over the batches of a corpus."""
 
-    model: Callable[..., Any]
+    read: Passes
     batches: Batches
     passes: int
-    device: torch.device
 
     def forward(self, step: int, part: int) -> Pass:
         batch = self.batches.batch(step, rank=part, world=self.passes)
-        ids, targets = sent(batch.ids, self.device), sent(batch.targets, self.device)
-        cu_seqlens: Tensor | None = sent(batch.cu_seqlens, self.device)
+        row = Row(batch.ids, batch.targets, batch.cu_seqlens)
         if batch.dense:  # rows where all segments are of one length
-            ids, targets, cu_seqlens = *(x.view(-1, self.batches.context) for x in (ids, targets)), None
-        losses, state = self.model(ids=ids, targets=targets, cu_seqlens=cu_seqlens, return_state=False)
-        loss = next_token_loss(losses, self.batches.tokens_per_step)
-        return Pass(loss, batch.num_targets, state.load_balance)
+            context = self.batches.context
+            row = Row(batch.ids.view(-1, context), batch.targets.view(-1, context), None)
+        losses, load_balance = self.read(token_losses, row)
+        return Pass(next_token_loss(losses, self.batches.tokens_per_step), batch.num_targets, load_balance)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         batch = self.batches.batch(step)
@@ -90,12 +89,12 @@ class Pretraining:
         self.steps, self.minutes = config.train.steps, config.train.minutes
         self.peak_lr = peak_learning_rate(config.train, model.dim)
 
-    def objective(self, forward: Callable[..., Any]) -> NextTokens:
+    def objective(self, passes: Passes) -> NextTokens:
         train, data = self.config.train, self.config.data
         batches = Batches(
             self.prepared.mixture, context=data.context, batch_tokens=train.batch_tokens, seed=self.config.seed
         )
-        return NextTokens(forward, batches, train.accumulate, self.device)
+        return NextTokens(passes, batches, train.accumulate)
 
     def evaluate(self, *, whole: bool) -> Perplexity:
         train, context = self.config.train, self.config.data.context

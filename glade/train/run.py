@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from glade import __version__
 from glade import config as settings
 from glade.data.tokenizer import Tokenizer
+from glade.errors import ConfigError
 from glade.infer.config import SamplingParams
 from glade.infer.samples import sample_ids
 from glade.model.atomic import write_file_atomically
@@ -30,6 +31,7 @@ from glade.train.log import Log, stdout
 from glade.train.loop import Budget, NonFiniteLoss, Objective, StepResult, Trainer
 from glade.train.memory import keep_freed_memory
 from glade.train.optim import build_optimizer
+from glade.train.passes import Direct, Passes, Recorded, why_not_recorded
 from glade.train.resume import Checkpoints, Progress, write_config
 
 SECONDS_BETWEEN_PICTURES = 20
@@ -59,8 +61,8 @@ class Task(Protocol):
     peak_lr: float
     baseline: bool  # judge the model before the first step too, as what the others are compared with
 
-    def objective(self, forward: Callable[..., Any]) -> Objective:
-        """What is minimised; `forward` is the model, compiled or not."""
+    def objective(self, passes: Passes) -> Objective:
+        """What is minimised, by forward passes of the model."""
         ...
 
     def evaluate(self, *, whole: bool) -> Heldout | None:
@@ -117,11 +119,12 @@ class Run:
         train = self.config.train
         self.optimizer = build_optimizer(self.model, train, task.peak_lr)
         self.checkpoints = Checkpoints(self.folder, train.keep)
+        self.passes = self._passes()
         resume = self.config.resume
         self.progress = self.checkpoints.restore(self.model, self.optimizer) if resume else Progress()
         self.trainer = Trainer(
             model=self.model,
-            objective=task.objective(torch.compile(self.model) if train.compile else self.model),
+            objective=task.objective(self.passes),
             optimizer=self.optimizer,
             settings=train,
             precision=precision_context(train.precision, task.device),
@@ -131,6 +134,29 @@ class Run:
         self.saved_step = self.progress.step if resume else -1
         self.sample = ""
         self.drawn = time.monotonic()
+
+    def _passes(self) -> Passes:
+        """How forward passes run.
+
+        Raises:
+            ConfigError: they are to be recorded, and cannot be.
+        """
+        train, device = self.config.train, self.task.device
+        model = torch.compile(self.model) if train.compile else self.model
+        if train.cuda_graphs == "off":
+            return Direct(model, device)
+        refusal = why_not_recorded(self.model, uses_bf16(train.precision, device))
+        if device.type != "cuda":
+            refusal = f"the device is {device.type}"
+        elif train.compile:
+            refusal = "train.compile is on"
+        elif train.recompute == "layer":
+            refusal = "train.recompute=layer reads the state of the random numbers"
+        if refusal is None:
+            return Recorded(self.model, device)
+        if train.cuda_graphs == "on":
+            raise ConfigError(f"train.cuda_graphs is on, but {refusal}; leave it at auto")
+        return Direct(model, device)
 
     def run(self) -> Results:
         """Train until the budget is used up or the run is told to stop.
@@ -281,7 +307,8 @@ class Run:
     def _say_what_is_trained(self) -> None:
         m = self.model
         products = "bf16" if uses_bf16(self.config.train.precision, self.task.device) else "fp32"
-        self.out.say(f"run {self.folder}  on {_device_name(self.task.device)}, {products} matrix products")
+        recorded = ", passes recorded as CUDA graphs" if isinstance(self.passes, Recorded) else ""
+        self.out.say(f"run {self.folder}  on {_device_name(self.task.device)}, {products} matrix products{recorded}")
         self.out.say(
             f"model {' '.join(dict.fromkeys(m.config.layer_mixers))}, {m.num_parameters():,} parameters "
             f"({m.num_parameters(embeddings=False):,} without embeddings)"

@@ -5,19 +5,18 @@ tokens of a step. Examples are packed in one row without padding; the state begi
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from glade.data.instruction import Example, load_examples
 from glade.train.align import Alignment, evaluating
 from glade.train.align_config import SftRun
-from glade.train.examples import grouped, lay_out, samples, spaced
-from glade.train.loop import Pass, sent
-from glade.train.loss import next_token_loss
+from glade.train.examples import Row, grouped, lay_out, samples, spaced
+from glade.train.loop import Pass
+from glade.train.loss import next_token_loss, token_losses
+from glade.train.passes import Passes, sent
 from glade.train.run import Results, Run, precision_context, report
 
 LR_AT_128 = 1e-3
@@ -55,36 +54,34 @@ def run(config: SftRun) -> None:
     report(results, "sft", told)
 
 
-def pack_examples(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """ids [1, T], targets [1, T] (-1 where the next token is no answer's), and the borders of the examples."""
+def pack_examples(examples: Sequence[Example]) -> Row:
+    """The examples end to end; targets are the tokens of answers."""
     ids, borders = lay_out([example.ids[:-1] for example in examples])
     following = [
         [id if scored else -1 for id, scored in zip(example.ids[1:], example.scored[1:], strict=True)]
         for example in examples
     ]
-    return ids, lay_out(following)[0], borders
+    return Row(ids, lay_out(following)[0], borders)
 
 
 @dataclass
 class Answers:
     """The objective of fine-tuning: the mean loss of the answers' tokens."""
 
-    model: Callable[..., Any]
+    read: Passes
     examples: Sequence[Example]
     batch_size: int
     passes: int
     seed: int
-    device: torch.device
 
     def forward(self, step: int, part: int) -> Pass:
         scored = sum(sum(example.scored) for example in self._batch(step))
-        ids, targets, borders = (sent(x, self.device) for x in pack_examples(self._batch(step, part, self.passes)))
-        losses, state = self.model(ids, targets=targets, cu_seqlens=borders, return_state=False)
-        return Pass(next_token_loss(losses, scored), ids.numel(), state.load_balance)
+        row = pack_examples(self._batch(step, part, self.passes))
+        losses, load_balance = self.read(token_losses, row)
+        return Pass(next_token_loss(losses, scored), row.ids.numel(), load_balance)
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        ids, targets, borders = pack_examples(self._batch(step))
-        return {"ids": ids, "targets": targets, "cu_seqlens": borders}
+        return pack_examples(self._batch(step))._asdict()
 
     def _batch(self, step: int, part: int = 0, parts: int = 1) -> list[Example]:
         chosen = samples(len(self.examples), self.batch_size, self.seed, step, part, parts)
@@ -102,9 +99,9 @@ class FineTuning(Alignment):
     def context(self) -> int:
         return max(len(example.ids) for example in self.examples.train + self.examples.heldout) - 1
 
-    def objective(self, forward: Callable[..., Any]) -> Answers:
+    def objective(self, passes: Passes) -> Answers:
         s = self.settings
-        return Answers(forward, self.examples.train, s.batch_size, s.accumulate, self.config.seed, self.device)
+        return Answers(passes, self.examples.train, s.batch_size, s.accumulate, self.config.seed)
 
     def evaluate(self, *, whole: bool) -> AnswerLoss | None:
         limit = None if whole else self.settings.eval_examples
@@ -115,7 +112,7 @@ class FineTuning(Alignment):
         nats, tokens = 0.0, 0
         with evaluating(self.model):
             for group in grouped([len(example.ids) for example in chosen], EVAL_TOKENS):
-                ids, targets, borders = (x.to(self.device) for x in pack_examples(chosen[group]))
+                ids, targets, borders = (sent(x, self.device) for x in pack_examples(chosen[group]) if x is not None)
                 with precision():
                     losses, _ = self.model(ids, targets=targets, cu_seqlens=borders, return_state=False)
                 nats += losses.double().sum().item()

@@ -13,13 +13,14 @@ Knows nothing of preferences: it answers log-probabilities.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from glade.model.state import State
-from glade.train.examples import lay_out
+from glade.train.examples import lay_out, padded_borders, rounded_up
 
 Forward = Callable[..., tuple[Tensor, State]]
 """A `LanguageModel`, compiled or not."""
@@ -42,6 +43,23 @@ class PackedAnswers(NamedTuple):
     def num_tokens(self) -> int:
         """What a forward pass reads."""
         return self.prompt_ids.numel() + self.ids.numel()
+
+    def padded(self) -> Self:
+        """For `glade.train.passes`: the last prompts are padding and empty, and so are the answers after the last."""
+        prompt_extra, extra = (rounded_up(x.shape[1], 16) - x.shape[1] for x in (self.prompt_ids, self.ids))
+        prompt_ids, ids = pad(self.prompt_ids, (0, prompt_extra)), pad(self.ids, (0, extra))
+        borders = padded_borders(self.borders, ids.shape[1])
+        return self._replace(
+            prompt_ids=prompt_ids,
+            prompt_borders=padded_borders(self.prompt_borders, prompt_ids.shape[1]),
+            prompt_of=pad(self.prompt_of, (0, len(borders) - len(self.borders))),
+            ids=ids,
+            targets=pad(self.targets, (0, extra), value=-1),
+            borders=borders,
+        )
+
+    def all_borders(self) -> Sequence[Tensor]:
+        return self.prompt_borders, self.borders
 
 
 def pack(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> PackedAnswers:
@@ -79,6 +97,11 @@ def token_log_probs(forward: Forward, packed: PackedAnswers) -> tuple[Tensor, Te
         return -losses[0], answered
     share = packed.prompt_ids.numel() / packed.num_tokens
     return -losses[0], share * read + (1 - share) * answered
+
+
+def answer_log_probs(model: Forward, *packed: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`token_log_probs` of the tensors of a `PackedAnswers`, for `glade.train.passes`."""
+    return token_log_probs(model, PackedAnswers(*packed))
 
 
 def sum_by_answer(x: Tensor, borders: Tensor) -> Tensor:

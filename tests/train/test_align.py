@@ -31,6 +31,7 @@ from glade.train.dpo import PreferenceTraining, dpo
 from glade.train.examples import grouped, samples, spaced
 from glade.train.log import read_metrics
 from glade.train.loop import NonFiniteLoss
+from glade.train.passes import Direct
 from glade.train.pretrain import train
 from glade.train.reference import pack_pairs
 from glade.train.sft import FineTuning, pack_examples, sft
@@ -275,7 +276,7 @@ def test_losses_without_a_reference_compute_none(run_config, tmp_path, loss):
 
 def test_the_reference_is_the_model_itself(run_config):
     task = PreferenceTraining(run_config(DpoRun, lora__rank=2))
-    judged = task.preferences(task.model.eval()).judge(range(len(task.pairs)))
+    judged = task.preferences(Direct(task.model.eval(), task.device)).judge(range(len(task.pairs)))
     torch.testing.assert_close(judged.metrics["margin"], torch.zeros(len(task.pairs)), rtol=0, atol=1e-5)
     torch.testing.assert_close(judged.metrics["kl"], torch.zeros(len(task.pairs)), rtol=0, atol=1e-9)
 
@@ -291,7 +292,7 @@ def test_logged_margins_are_those_of_whole_runs(run_config):
     """The masks: log p of an answer's tokens, first and EOS included, given its own prompt alone."""
     task = PreferenceTraining(run_config(DpoRun))
     model = task.model.eval()
-    judged = task.preferences(model).judge([0, 3])
+    judged = task.preferences(Direct(model, task.device)).judge([0, 3])
     for i, got in zip((0, 3), judged.metrics["logp_rejected"], strict=True):
         pair = task.pairs[i]
         logits, _ = model(torch.tensor([pair.prompt + pair.rejected]))

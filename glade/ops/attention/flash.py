@@ -25,14 +25,17 @@ from glade.ops.register import differentiable
 MAX_HEAD_DIM = 256
 
 
+def takes(K: int, V: int) -> bool:
+    """Whether torch's kernel takes heads of so many channels."""
+    return K == V <= MAX_HEAD_DIM and K % 8 == 0
+
+
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether torch's kernel takes such inputs."""
-    K = q.shape[3]
     return (
         q.is_cuda
         and _dtype(q, k, v) in (torch.bfloat16, torch.float16)
-        and v.shape[3] == K <= MAX_HEAD_DIM
-        and K % 8 == 0
+        and takes(q.shape[3], v.shape[3])
         and min(q.numel(), k.numel()) > 0
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
@@ -72,7 +75,7 @@ def _dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 
 def _longest(cu_seqlens: Tensor | None, T: int) -> int:
     """The most queries of a sequence; any number from there on is right, and costs programs that find nothing to do."""
-    return T if cu_seqlens is None or torch.cuda.is_current_stream_capturing() else longest_document(cu_seqlens, T)
+    return T if cu_seqlens is None else longest_document(cu_seqlens, T)
 
 
 def _seen(window: int | None) -> dict[str, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from glade.ops.attention.state import AttentionState, history
-from glade.ops.packing import document_borders, document_ids, once
+from glade.ops.packing import checked_borders, document_ids, once
 
 
 class Visible(NamedTuple):
@@ -96,8 +96,7 @@ def _document_of_tokens(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 def _checked_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    document_borders(cu_seqlens, num_tokens)
-    return document_ids(cu_seqlens, num_tokens)
+    return document_ids(checked_borders(cu_seqlens, num_tokens), num_tokens)
 
 
 _checked_op = torch.library.custom_op("glade::checked_document_ids", _checked_ids, mutates_args=())

@@ -78,6 +78,29 @@ def keys_backward_kernel(
         dg += of_block
         last = tl.load(G + C - 1)
 
+    # All that is needed after the loop is asked for before it: one wait instead of two.
+    q_tile = load_columns(q, q_strides, rows, live, columns, K).to(DTYPE)
+    k_tile = load_columns(k, k_strides, rows, live, columns, K).to(DTYPE)
+    if ERASE == VECTOR:
+        gate = load_columns(erase, erase_strides, rows, live, columns, K)
+    elif ERASE == SCALAR:
+        gate = tl.load(erase + rows * erase_strides[1], mask=rows < live, other=0.0)
+    if GATE == VECTOR:
+        sums = tl.load(G + columns[:, None] + rows[None, :] * KP)
+        row_before = tl.load(G + columns[:, None] + (rows[None, :] - 1) * KP, mask=(rows > 0)[None, :], other=0.0)
+    elif GATE == SCALAR:
+        sums = tl.load(G + rows)
+    square = rows[:, None] * C + rows[None, :]
+    transposed = rows[None, :] * C + rows[:, None]
+    d_products, d_products_T = tl.load(dP + square), tl.load(dP + transposed)
+    with_itself = tl.load(dP + rows * C + rows)
+    if ERASE != NONE:
+        d_lower, d_lower_T = tl.load(dT + square), tl.load(dT + transposed)
+    if GATE != NONE:
+        onward = tl.zeros([BK], tl.float32)
+        for part in tl.static_range(0, NUM_CARRIED):
+            onward += tl.load(carried + (tile * NUM_CARRIED + part) * KP + columns)
+
     # Tiles are channels by rows: the registers that hold a product are then the left side of the next one as they are.
     q_sum = tl.zeros([BK, C], tl.float32)
     e_sum = tl.zeros([BK, C], tl.float32)
@@ -94,23 +117,19 @@ def keys_backward_kernel(
             e_sum = tl.dot(S, tl.load(dR + chunk_at), e_sum, input_precision=PRECISION)
         k_sum = tl.dot(tl.load(dS_after + state_at), tl.load(R + chunk_at), k_sum, input_precision=PRECISION)
 
-    q_tile = load_columns(q, q_strides, rows, live, columns, K).to(DTYPE)
-    k_tile = load_columns(k, k_strides, rows, live, columns, K).to(DTYPE)
     if ERASE == VECTOR:
-        gate = load_columns(erase, erase_strides, rows, live, columns, K).to(tl.float32)
+        gate = gate.to(tl.float32)
     elif ERASE == SCALAR:
-        gate = tl.load(erase + rows * erase_strides[1], mask=rows < live, other=0.0).to(tl.float32)[None, :]
+        gate = gate.to(tl.float32)[None, :]
     if ERASE != NONE:
         e_tile = (gate * k_tile.to(tl.float32)).to(DTYPE)
     q_sum *= scale
     if GATE == VECTOR:
-        sums = tl.load(G + columns[:, None] + rows[None, :] * KP)
         to_row = tl.exp2(sums.to(tl.float32))
         q_sum *= to_row
         e_sum *= -to_row
         k_sum *= tl.exp2((last[:, None] - sums).to(tl.float32))
     elif GATE == SCALAR:
-        sums = tl.load(G + rows)
         to_row = tl.exp2(sums.to(tl.float32))[None, :]
         q_sum *= to_row
         e_sum *= -to_row
@@ -119,19 +138,10 @@ def keys_backward_kernel(
         e_sum = -e_sum
     if GATE != NONE:
         # what goes on to the end of the chunk has part in the gradient of every row's decay
-        onward = tl.zeros([BK], tl.float32)
-        for part in tl.static_range(0, NUM_CARRIED):
-            onward += tl.load(carried + (tile * NUM_CARRIED + part) * KP + columns)
         onward = onward * tl.exp2(last.to(tl.float32)) + tl.sum(k_tile.to(tl.float32) * k_sum, 1)
 
-    square = rows[:, None] * C + rows[None, :]
-    transposed = rows[None, :] * C + rows[:, None]
-    d_products, d_products_T = tl.load(dP + square), tl.load(dP + transposed)
-    if ERASE != NONE:
-        d_lower, d_lower_T = tl.load(dT + square), tl.load(dT + transposed)
     later, earlier = rows[:, None], rows[None, :]
     if GATE == VECTOR:
-        row_before = tl.load(G + columns[:, None] + (rows[None, :] - 1) * KP, mask=(rows > 0)[None, :], other=0.0)
         logs, rest_of_logs = split_logs(sums - row_before, DTYPE)
         for level in tl.range(0, LEVELS, num_stages=1):
             on_the_way = tl.where(to_anchor(rows[None, :], rows[:, None], level), 1.0, 0.0).to(DTYPE)
@@ -179,7 +189,7 @@ def keys_backward_kernel(
         else:
             gradient = tl.cumsum(tl.sum(per_row, 0), 0, reverse=True) + tl.sum(onward, 0)
             tl.store(dg + rows * HV, gradient, mask=rows < live)
-    with_itself = tl.load(dP + rows * C + rows).to(tl.float32)[None, :]
+    with_itself = with_itself.to(tl.float32)[None, :]
     tl.store(dq + at, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)
     k_sum += with_itself * wide_q
     if ERASE != NONE:

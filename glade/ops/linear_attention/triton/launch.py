@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glade.errors import BackendError
 from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.packing import document_borders, once
+from glade.ops.packing import checked_borders, once
 
 MAX_KEY_DIM = 256  # a program holds all key channels of its block of the state
 
@@ -87,21 +87,6 @@ def _by_segments(chunks: Chunks, whole: Chunks, device: torch.device) -> Chunks:
     elif chunks.a_row != whole.a_row * length:
         firsts += segment // whole.a_row * (chunks.a_row - whole.a_row * length)
     return chunks._replace(sequences=whole.count, firsts=firsts)
-
-
-def checked_borders(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """cu_seqlens after a look at its values.
-
-    A look waits for the device, which a CUDA graph cannot record; while one is captured, nothing is looked at and
-    borders are only held to 0 ... T, so that no program leaves its tensors.
-
-    Raises:
-        ValueError: the values do not fit.
-    """
-    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        return cu_seqlens.clamp(0, num_tokens).cummax(0).values
-    document_borders(cu_seqlens, num_tokens)
-    return cu_seqlens
 
 
 def check_key_dim(q: Tensor) -> None:

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from glade.ops.linear_attention.triton.launch import checked_borders, device_of
-from glade.ops.packing import document_ids, once
+from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.packing import checked_borders, document_ids, once
 from glade.ops.parts import gradient_like
 from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
 from glade.ops.short_conv.register import final_like, no_gradient, register
