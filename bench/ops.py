@@ -9,10 +9,12 @@
 bf16 inputs, g fp32, state from zeros, 16 heads of K = V = 128 unless said otherwise. `glade, recomputing` keeps the
 inputs only for the backward. Peers (flash-linear-attention where `import fla` works, FlashQLA where `import flash_qla`
 does) run on the same inputs, a call of theirs after each of ours. Times are medians with the 20th and 80th percentile
-of CUDA-event times; `bytes` counts every input read once and every output and gradient written once, and `copy_share`
-is their time at the bandwidth of a large copy, measured first, over the median; `ratio` is a peer's median over that of
-`glade`. Nothing is timed before it is compared, gradients too, with backend `torch` in fp64 on the same inputs. A first
-call is timed in a process of its own, with empty folders for what Triton, Inductor and TileLang compile.
+of CUDA-event times, and the GPU's alone: it is kept waiting until the host has launched a whole call, and what the host
+takes for that is `host_ms`. `bytes` counts every input read once and every output and gradient written once, and
+`copy_share` is their time at the bandwidth of a large copy, measured first, over the median; `ratio` is a peer's median
+over that of `glade`. Nothing is timed before it is compared, gradients too, with backend `torch` in fp64 on the same
+inputs. A first call is timed in a process of its own, with empty folders for all that Triton, Inductor and TileLang
+compile.
 
 FLA 0.6.0 refuses gated products with a scalar decay on Hopper with Triton 3.4 to 3.7.0, since their gradients are
 wrong there unless TileLang is installed; such a peer is left out, and why is printed. `--lift-refusal` times it
@@ -32,6 +34,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +43,7 @@ from glade.ops.linear_attention import linear_attention, recomputing
 from glade.ops.linear_attention.parity import CORNERS, Shape, errors_between, failures, make_inputs
 
 COLUMNS = ["op", "provider", "mode", "shape", "dtype", "device", "versions", "median_ms", "p20_ms", "p80_ms", "bytes"]
-COLUMNS += ["copy_share", "ratio", "peak_bytes", "first_call_s", "command"]
+COLUMNS += ["copy_share", "ratio", "host_ms", "peak_bytes", "first_call_s", "command"]
 # the function of fla.ops that computes a corner, and its keyword for g
 PEERS = {
     "scalar-decay": ("simple_gla", "chunk_simple_gla"),
@@ -100,25 +103,39 @@ def able(
     return ran
 
 
-def event_ms(work: Callable[[], object]) -> float:
+class Times(NamedTuple):
+    device_ms: list[float]
+    host_ms: list[float]
+
+
+def event_ms(work: Callable[[], object]) -> tuple[float, float]:
+    """The device's time, and the host's until all is launched."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
+    started = time.perf_counter()
     work()
+    host_ms = 1e3 * (time.perf_counter() - started)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end), host_ms
 
 
-def interleaved_ms(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved_ms(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
     """`repeats` times of each, in turns; before every call a write twice as large as the L2 cache empties it."""
     cache = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times = {name: Times([], []) for name in works}
+    cycles_a_ms = 10**7 / event_ms(lambda: torch.cuda._sleep(10**7))[0]
+    wait_ms = 0.0
     for i in range(repeats + 5):
         for name, work in works.items():
             cache.zero_()
-            ms = event_ms(work)
+            torch.cuda._sleep(int(wait_ms * cycles_a_ms))
+            device_ms, host_ms = event_ms(work)
             if i >= 5:
-                times[name].append(ms)
+                times[name].device_ms.append(device_ms)
+                times[name].host_ms.append(host_ms)
+            elif i >= 2:  # the first calls compile
+                wait_ms = max(wait_ms, 1.5 * host_ms)
     return times
 
 
@@ -126,7 +143,7 @@ def copy_bandwidth() -> float:
     """Bytes a second, read and written together."""
     x = torch.randn(2**28, device="cuda")
     y = torch.empty_like(x)
-    ms = statistics.median(interleaved_ms({"copy": lambda: y.copy_(x)}, 20)["copy"])
+    ms = statistics.median(interleaved_ms({"copy": lambda: y.copy_(x)}, 20)["copy"].device_ms)
     return 2 * x.nbytes / ms * 1e3
 
 
@@ -161,9 +178,10 @@ def rows_of(
     # forward reads the inputs and writes o; backward reads the inputs and do and writes their gradients
     moved = {"forward": forward_bytes, "forward+backward": 2 * forward_bytes + leaf_bytes}
     for mode, works in modes.items():
+        times = interleaved_ms(works, repeats)
         quantiles = {
-            name: [torch.tensor(times).quantile(x).item() for x in (0.2, 0.5, 0.8)]
-            for name, times in interleaved_ms(works, repeats).items()
+            name: [torch.tensor(each.device_ms).quantile(x).item() for x in (0.2, 0.5, 0.8)]
+            for name, each in times.items()
         }
         for name, (p20, median, p80) in quantiles.items():
             yield {
@@ -178,6 +196,7 @@ def rows_of(
                 "bytes": moved[mode],
                 "copy_share": round(moved[mode] / bandwidth * 1e3 / median, 3),
                 "ratio": round(median / quantiles["glade"][1], 3),
+                "host_ms": round(statistics.median(times[name].host_ms), 4),
                 "peak_bytes": peak_bytes[name],
             }
 
@@ -262,7 +281,8 @@ def main() -> None:
 def tell(rows: Iterable[dict[str, object]], out: Path | None) -> None:
     """Prints rows as they come, and adds them to a file."""
     for row in rows:
-        told = ("op", "provider", "mode", "shape", "median_ms", "p20_ms", "p80_ms", "copy_share", "ratio", "peak_bytes")
+        told = ("op", "provider", "mode", "shape", "median_ms", "p20_ms", "p80_ms", "copy_share", "ratio")
+        told += ("host_ms", "peak_bytes")
         print(*(f"{name} {row[name]}" for name in (*told, "first_call_s") if name in row), flush=True)
         if out is not None:
             new = not out.exists()

@@ -35,7 +35,7 @@ def read(
     if len(pieces) > 1:
         cu_seqlens = torch.tensor([0, *map(len, pieces)], device=device).cumsum(0).to(torch.int32)
     with evaluating(model):
-        _, after = model(ids, before, cu_seqlens=cu_seqlens, logits="last")
+        _, after = model(ids, before, cu_seqlens=cu_seqlens, logits="none")
     return split(after, after.position.tolist(), growing)
 
 

@@ -8,7 +8,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from glade.errors import BackendError
-from glade.ops.linear_attention import available_backends, linear_attention, linear_attention_step_, recomputing
+from glade.ops.linear_attention import (
+    available_backends,
+    linear_attention,
+    linear_attention_step_,
+    recomputing,
+    register,
+)
 from glade.ops.linear_attention.parity import (
     CORNERS,
     GATES,
@@ -246,6 +252,30 @@ def test_recomputing_keeps_the_inputs_only_and_gives_the_same_bits(backend, comp
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
     if not compiled:
         assert saved[1] == sum(x.nbytes for x in inputs.values()) + borders(7, 33).nbytes < saved[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 8), (2, 6), (3, 3)], ids=str)
+@pytest.mark.parametrize("corner", ["gdn2", "gdn", "gla", "linear"])
+def test_recomputing_by_groups_of_heads(corner, heads, compiled, monkeypatch):
+    monkeypatch.setattr(register, "MANY_BYTES", 0)
+    inputs = make_inputs(CORNERS[corner], Shape(2, 40, *heads, 8, 6), dtype=torch.float64)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items() if x is not None}
+
+    def loss(x):
+        o, state = call({**inputs, **x}, "torch")
+        return (o * torch.linspace(0, 1, o.numel(), dtype=o.dtype).view_as(o)).sum() + state.square().sum()
+
+    if compiled:
+        torch.compiler.reset()  # more variants than it lets one function have
+        loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for on in (False, True):
+        with recomputing(on):
+            y = loss(leaves)
+        results.append(torch.autograd.grad(y, list(leaves.values())))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

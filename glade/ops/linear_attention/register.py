@@ -7,7 +7,8 @@ A backend gives two plain functions on tensors; neither sees autograd, and `torc
         q, k, v, g, erase, write, state, for those of them that are given; d_final None is zeros
 
 `keep` says whether `forward` hands over what a backward needs; `kept_like` tells, from shapes alone, what that is.
-Inside `recomputing()` nothing is handed over, and the backward calls `forward` again.
+Inside `recomputing()` nothing is handed over, and the backward calls `forward` again, for some heads at a time where
+there are many tokens: what it needs, and what it computes on the way, is then there for those heads alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ Run = Callable[..., tuple[Tensor, Tensor]]
 
 # a plain variable, which a traced call can read
 _recompute = False
+# bytes of v from which on a backward that recomputes takes a fourth of the heads at a time
+MANY_BYTES = 2**26
 
 
 @contextmanager
@@ -100,13 +103,20 @@ def register(
 
     def gradients(backward, ctx, do, d_final, *_):
         q, k, v, g, erase, write, state, cu_seqlens, *kept = ctx.saved_tensors
-        if not kept:
-            # traced, the forward is the custom op as the backward is
-            again = forward_op if backward is backward_op else getattr(torch.ops.glade, f"linear_attention_{name}")
-            _, _, *kept = again(q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, True)
         if do is None:
             do = torch.zeros_like(v)
-        found = iter(backward(do, d_final, q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, kept))
+        # traced, the forward is the custom op as the backward is
+        again = forward_op if backward is backward_op else getattr(torch.ops.glade, f"linear_attention_{name}")
+
+        def recomputed(do, d_final, q, k, v, g, erase, write, state):
+            _, _, *kept = again(q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, True)
+            return backward(do, d_final, q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, kept)
+
+        if kept:
+            found = backward(do, d_final, q, k, v, g, erase, write, ctx.scale, state, cu_seqlens, kept)
+        else:
+            found = _by_heads(recomputed, do, d_final, q, k, v, g, erase, write, state)
+        found = iter(found)
         dq, dk, dv, dg, d_erase, d_write, d_state = (
             None if x is None else next(found) for x in (q, k, v, g, erase, write, state)
         )
@@ -133,6 +143,33 @@ def register(
         return o, final
 
     return run
+
+
+def _by_heads(
+    backward: Callable[..., list[Tensor]], do: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others
+) -> list[Tensor]:
+    """backward(do, d_final, q, k, v, *others), for groups of heads one after the other where there is much to compute.
+
+    others: g, erase, write [B, T, HV, ...] or None, and state [N, HV, K, V] or None.
+    """
+    groups = next(n for n in (4, 2, 1) if q.shape[2] % n == 0) if v.numel() * v.element_size() >= MANY_BYTES else 1
+    if groups == 1:
+        return backward(do, d_final, q, k, v, *others)
+    inputs = [q, k, v, *others]
+    axes = [2] * (len(inputs) - 1) + [1]  # that of heads
+
+    def group(i: int, x: Tensor | None, axis: int) -> Tensor | None:
+        return None if x is None else x.chunk(groups, axis)[i]
+
+    whole = [None if x is None else _like(x) for x in inputs]
+    for i in range(groups):
+        some = [group(i, x, axis) for x, axis in zip(inputs, axes, strict=True)]
+        found = backward(group(i, do, 2), group(i, d_final, 1), *some)
+        there = (group(i, x, axis) for x, axis in zip(whole, axes, strict=True))
+        for x, gradient in zip((x for x in there if x is not None), found, strict=True):
+            x.copy_(gradient)
+        del found, gradient, some  # before the next group needs as much
+    return [x for x in whole if x is not None]
 
 
 def _like(x: Tensor) -> Tensor:
