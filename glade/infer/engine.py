@@ -60,7 +60,8 @@ class Engine:
     Args:
         max_batch:      sequences that run at once; the table of states has a row for each
         max_waiting:    requests that may wait for a slot; beyond, `submit` raises `Busy`
-        prefill_tokens: most tokens of prompts read in a step, and the distance of the snapshots taken of a long prompt
+        prefill_tokens: most tokens of prompts read in a step, and the distance of the snapshots taken of a long prompt;
+            None is 2,048, and 8,192 on a GPU, which is through with a piece before Python has started its kernels
         cache_bytes:    bound of the prefix cache; 0 keeps nothing
         max_state_bytes: bound of the keys and values of full attention, all rows together (on a GPU there is a spare
             one); it decides the longest sequence that is taken in. Other layers do not grow
@@ -79,12 +80,14 @@ class Engine:
         *,
         max_batch: int = 64,
         max_waiting: int = 256,
-        prefill_tokens: int = 2048,
+        prefill_tokens: int | None = None,
         cache_bytes: int = 2**28,
         max_state_bytes: int = 2**33,
         vocab_size: int | None = None,
         deterministic: bool = False,
     ) -> None:
+        if prefill_tokens is None:
+            prefill_tokens = 8192 if model.embed.weight.is_cuda else 2048
         for name, value, least in (
             ("max_batch", max_batch, 1),
             ("max_waiting", max_waiting, 0),

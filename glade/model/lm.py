@@ -276,7 +276,7 @@ class LanguageModel(nn.Module):
         unread = torch.compiler.is_compiling() or ids.is_meta or (ids.device.type != "cpu" and self.training)
         if unread or ids.numel() == 0:
             return
-        low, high = int(ids.min()), int(ids.max())
+        low, high = torch.stack(ids.aminmax()).tolist()  # one look at a device
         if low < 0 or high >= cast(int, self.config.vocab_size):
             wrong = low if low < 0 else high
             raise ValueError(

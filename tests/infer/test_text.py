@@ -48,7 +48,7 @@ class Reciter(nn.Module):
     def forward(
         self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None, logits: str
     ) -> tuple[Tensor, State]:
-        assert logits == "last"
+        assert logits == "none"
         self.modes.append(self.training)
         borders = [0, ids.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
         after = self.init_state(len(borders) - 1) if state is None else state.clone()
