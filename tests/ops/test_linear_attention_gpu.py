@@ -365,6 +365,31 @@ def in_the_interpreter():
     check_interpreted(CORNERS["linear"], shape)
     check_interpreted(CORNERS["gdn"], packed, cu_seqlens)
     check_segments()
+    check_gradients_beside_each_other()
+
+
+def check_gradients_beside_each_other():
+    """q, k and v as slices of one tensor, whose gradient the kernels write as it lies."""
+    from glade.ops import parts
+
+    parts.serves = lambda x: x.requires_grad
+    same_place, places = parts._same_place, []
+    parts._same_place = lambda x, y: places.append(same_place(x, y)) or places[-1]
+    cu_seqlens = borders(3, 0, 37, 1, device="cpu")
+    cases = [("scalar", "gdn", None), ("scalar", "linear", cu_seqlens), ("op", "gdn2", None), ("op", "gla", cu_seqlens)]
+    for backend, corner, packed in cases:
+        shape = Shape(1 if packed is not None else 2, 41, 2, 2, 24, 40)
+        inputs = make_inputs(CORNERS[corner], shape, cu_seqlens=packed)
+        slices = [inputs.pop(name) for name in "qkv"]
+        joint = torch.cat([x.flatten(-2) for x in slices], -1).requires_grad_()
+        gradients = []
+        for cut in (parts.split, lambda x, sizes: x.split(sizes, -1)):
+            q, k, v = (x.unflatten(-1, (2, -1)) for x in cut(joint * 1, [x.flatten(-2).shape[-1] for x in slices]))
+            o, state = linear_attention(q, k, v, **inputs, cu_seqlens=packed, backend=backend)
+            loss = (o * torch.linspace(0, 1, o.numel()).view_as(o)).sum() + state.sum()
+            gradients += torch.autograd.grad(loss, joint)
+        assert torch.equal(*gradients), corner
+    assert len(places) == 3 * len(cases) and all(places)
 
 
 def check_segments():

@@ -62,6 +62,20 @@ def test_seen_as_heads(copies) -> None:
     assert len(copies) == 1
 
 
+def test_a_slice_cut_again(copies) -> None:
+    gradient(lambda a, b, c: [Scaled.apply(x) for x in (a, *split(b, (2, 3, 1)), c)])
+    assert not copies
+    gradient(lambda a, b, c: [Scaled.apply(x) for x in (a, *split(b, (2, 3, 1))[:2])])
+    assert not copies
+    gradient(lambda a, b, c: [a.exp(), *(Scaled.apply(x) for x in split(b, (2, 3, 1))), c.exp()])
+    assert len(copies) == 2
+
+
+def test_a_slice_cut_twice_and_used_itself() -> None:
+    gradient(lambda a, b, c: [Scaled.apply(x) for x in (*split(b, (2, 4)), *split(b, (3, 3)), a, b)])
+    gradient(lambda a, b, c: [b.exp(), *(Scaled.apply(x) for x in split(b, (2, 4))), c])
+
+
 def test_one_that_does_not_ask_and_one_that_is_not_used(copies) -> None:
     gradient(lambda a, b, c: [Scaled.apply(a), b.exp()])
     assert len(copies) == 1

@@ -22,6 +22,7 @@ from glade.model.norm import RMSNorm, l2norm, make_norm
 from glade.model.published import Activation, FeatureMap, LinearOptions
 from glade.ops import linear_attention, linear_attention_step_, rms_norm, rope
 from glade.ops.packing import check_cu_seqlens, token_positions, tokens_seen
+from glade.ops.parts import split
 from glade.ops.short_conv import short_conv, short_conv_step_
 
 
@@ -138,7 +139,7 @@ class Linear(Mixer):
         channels = [conv.channels for conv in self._convs]
         weights: list[Tensor] = [conv.weight for conv in self._convs if conv.weight is not None]
         if not weights or self.options.feature_map != "identity":
-            parts = zip(self._convs, qkv.split(channels, -1), past, strict=True)
+            parts = zip(self._convs, split(qkv, channels), past, strict=True)
             pairs = [conv(part, before, cu_seqlens) for conv, part, before in parts]
             return [y for y, _ in pairs], [after for _, after in pairs]
         given = [part for part in past if part is not None]
@@ -153,7 +154,7 @@ class Linear(Mixer):
             cu_seqlens=cu_seqlens,
         )
         heads = [conv.heads for conv in self._convs]
-        parts = zip(y.split(channels, -1), heads, strict=True)
+        parts = zip(split(y, channels), heads, strict=True)
         return [part.unflatten(-1, (num, -1)) for part, num in parts], list(after.split(channels, 1))
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from glade.ops.linear_attention.chunk_layout import max_chunks
 from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS, Launch, config_for
 from glade.ops.linear_attention.triton.launch import Chunks, check_key_dim, kind_of
+from glade.ops.parts import gradient_like
 
 # `wgmma` takes 64 rows: programs of fewer value channels only where half of the processors would have none
 FEW_PROGRAMS, ENOUGH_PROGRAMS = MULTIPROCESSORS // 2, 2 * MULTIPROCESSORS
@@ -85,8 +86,9 @@ class Call:
 
     def gradient_of_keys(self, x: Tensor) -> Tensor:
         """Empty, for what the programs of each value head write: sums over a group of heads follow in fp32."""
-        dtype = x.dtype if self.group == 1 else torch.float32
-        return x.new_empty(self.B, self.T, self.HV, self.K, dtype=dtype)
+        if self.group == 1:
+            return gradient_like(x)
+        return x.new_empty(self.B, self.T, self.HV, self.K, dtype=torch.float32)
 
     def over_group(self, dx: Tensor, x: Tensor) -> Tensor:
         return dx if self.group == 1 else dx.unflatten(2, (self.H, self.group)).sum(3).to(x.dtype)
@@ -101,4 +103,12 @@ class Call:
 
 
 def sum_of_parts(dx: Tensor | None, x: Tensor | None) -> Tensor | None:
-    return dx if dx is None or x is None or x.dim() == 4 else dx.sum(0).to(x.dtype)
+    if dx is None or x is None or x.dim() == 4:
+        return dx
+    return (dx[0] if len(dx) == 1 else dx.sum(0)).to(x.dtype)
+
+
+def token_stride(dx: Tensor) -> int:
+    """Elements from a token's gradient to the next one's, heads beside each other (`gradient_like`); batch rows follow
+    as tokens do."""
+    return dx.stride(1)

@@ -38,7 +38,7 @@ def keys_backward_kernel(
     G, do, R, dR, S_before, dS_after, dP, dT, carried,
     dq, dk, d_erase, dg,
     starts, ends, num_tokens, chunks_a_row, num_token_heads, scale,
-    HV, GROUP, K, V,
+    HV, GROUP, K, V, dq_stride, dk_stride,
     KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NUM_CARRIED: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
@@ -51,7 +51,8 @@ def keys_backward_kernel(
     rows, columns = tl.arange(0, C), block * BK + tl.arange(0, BK)
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)
-    first_head = (row.to(tl.int64) * num_tokens + start) * HV + head
+    first_token = row.to(tl.int64) * num_tokens + start
+    first_head = first_token * HV + head
     # gradients of scalar gates: a part for each block of key channels
     of_block = block.to(tl.int64) * num_token_heads + first_head
     do += first_head * V
@@ -59,8 +60,8 @@ def keys_backward_kernel(
     S_before += tile * KP * VP
     dS_after += tile * KP * VP
     dP += tile * C * C
-    dq += first_head * K
-    dk += first_head * K
+    dq += first_token * dq_stride + head * K
+    dk += first_token * dk_stride + head * K
     if ERASE != NONE:
         erase = token_head(erase, erase_strides, row, start, head)
         dR += tile * C * VP
@@ -190,7 +191,8 @@ def keys_backward_kernel(
             gradient = tl.cumsum(tl.sum(per_row, 0), 0, reverse=True) + tl.sum(onward, 0)
             tl.store(dg + rows * HV, gradient, mask=rows < live)
     with_itself = with_itself.to(tl.float32)[None, :]
-    tl.store(dq + at, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)
+    at_q = dq + columns[:, None] + rows[None, :] * dq_stride
+    tl.store(at_q, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)
     k_sum += with_itself * wide_q
     if ERASE != NONE:
         k_sum += gate * e_sum
@@ -198,4 +200,5 @@ def keys_backward_kernel(
             tl.store(d_erase + at, (wide_k * e_sum).to(d_erase.dtype.element_ty), mask=inside)
         else:
             tl.store(d_erase + rows * HV, tl.sum(wide_k * e_sum, 0), mask=rows < live)
-    tl.store(dk + at, k_sum.to(dk.dtype.element_ty), mask=inside)
+    at_k = dk + columns[:, None] + rows[None, :] * dk_stride
+    tl.store(at_k, k_sum.to(dk.dtype.element_ty), mask=inside)

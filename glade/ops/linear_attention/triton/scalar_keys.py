@@ -60,7 +60,7 @@ def scalar_keys_kernel(
     do, R, dR, S_before, dS_after,
     dq, dk, d_erase, dg,
     starts, ends, num_tokens, chunks_a_row, scale,
-    HV, GROUP, K, V,
+    HV, GROUP, K, V, dq_stride, dk_stride,
     KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -68,7 +68,8 @@ def scalar_keys_kernel(
     m, head = tl.program_id(0), tl.program_id(1)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, values = tl.arange(0, C), tl.arange(0, VP)
-    first_head = (row.to(tl.int64) * num_tokens + start) * HV + head
+    first_token = row.to(tl.int64) * num_tokens + start
+    first_head = first_token * HV + head
     v = token_head(v, v_strides, row, start, head)
     if WRITE != NONE:
         write = token_head(write, write_strides, row, start, head)
@@ -111,6 +112,8 @@ def scalar_keys_kernel(
 
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)
+    dq += first_token * dq_stride + head * K
+    dk += first_token * dk_stride + head * K
     states = (m.to(tl.int64) * HV + head) * KP * VP
     of_row = tl.zeros([C], tl.float32)
     of_erase = tl.zeros([C], tl.float32)
@@ -134,8 +137,8 @@ def scalar_keys_kernel(
         q_sum = tl.dot(dp, k_tile, q_sum, input_precision=PRECISION)
         k_sum = tl.dot(dp_t, q_tile, k_sum, input_precision=PRECISION)
         inside = (rows < live)[:, None] & (columns < K)[None, :]
-        at = first_head * K + rows[:, None] * (HV * K) + columns[None, :]
-        tl.store(dq + at, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)
+        at = dq + rows[:, None] * dq_stride + columns[None, :]
+        tl.store(at, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)
         of_row += tl.sum(wide_q * q_sum, 1)
         if ERASE != NONE:
             e_sum = -tl.dot(dr, S, input_precision=PRECISION)
@@ -148,7 +151,8 @@ def scalar_keys_kernel(
         k_sum += with_itself * wide_q
         if ERASE != NONE:
             k_sum += gate[:, None] * e_sum
-        tl.store(dk + at, k_sum.to(dk.dtype.element_ty), mask=inside)
+        at = dk + rows[:, None] * dk_stride + columns[None, :]
+        tl.store(at, k_sum.to(dk.dtype.element_ty), mask=inside)
     if ERASE != NONE:
         tl.store(d_erase + first_head + rows * HV, of_erase, mask=rows < live)
         of_row += gate * of_erase

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.linear_attention.triton.call import FEW_PROGRAMS, TRITON_TYPE, Call, sum_of_parts
+from glade.ops.linear_attention.triton.call import FEW_PROGRAMS, TRITON_TYPE, Call, sum_of_parts, token_stride
 from glade.ops.linear_attention.triton.launch import (
     Chunks,
     Segments,
@@ -31,6 +31,7 @@ from glade.ops.linear_attention.triton.scalar_prepare import scalar_prepare_kern
 from glade.ops.linear_attention.triton.scalar_split import gradients_after, states_before
 from glade.ops.linear_attention.triton.scalar_states import scalar_backward_states_kernel, scalar_forward_states_kernel
 from glade.ops.linear_attention.triton.segments import what_segments_keep
+from glade.ops.parts import gradient_like
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
@@ -106,7 +107,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     do, d_final = do.contiguous(), d_final.contiguous()
     dR, dS = torch.empty_like(kept[4]), torch.empty_like(kept[5])
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    dv = gradient_like(v)
     with device_of(v):
         if segments is None:
             d_write = _backward_states(
@@ -133,7 +134,7 @@ def _backward_states(
             do, q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
             *kept[:4], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks),
             spans.firsts, spans.a_row, call.num_token_heads, scale,
-            *constants(call.HV, call.group, call.K, call.V),
+            *constants(call.HV, call.group, call.K, call.V, token_stride(dv)),
             KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
             GATE=call.gate, ERASE=call.erase, WRITE=call.write,
             INITIAL=d_state is not None, PACKED=call.packed, **call.types,
@@ -152,7 +153,7 @@ def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scal
             q, k, v, g, erase, write, *(strides_of(x) for x in (q, k, v, g, erase, write)),
             do, R, dR, S, dS, dq, dk, d_erase, dg,
             *call.where(spans), scale,
-            *constants(call.HV, call.group, call.K, call.V),
+            *constants(call.HV, call.group, call.K, call.V, token_stride(dq), token_stride(dk)),
             KP=call.KP, VP=call.VP, BK=min(call.KP, launch.block), C=call.chunk * call.span,
             GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed,
             G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,

@@ -153,7 +153,7 @@ def scalar_backward_states_kernel(
     G, erase_rows, write_rows, A,
     d_final, d_initial, dv, d_write, dR, dS_after,
     starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row, num_token_heads, scale,
-    HV, GROUP, K, V,
+    HV, GROUP, K, V, dv_stride,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -181,7 +181,8 @@ def scalar_backward_states_kernel(
         k_head = token_head(k, k_strides, row, start, head // GROUP)
         q_tile = load_rows(q_head, q_strides, rows, live, dims, K).to(DTYPE)
         k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
-        first_head = (row.to(tl.int64) * num_tokens + start) * HV + head
+        first_token = row.to(tl.int64) * num_tokens + start
+        first_head = first_token * HV + head
         inside = (columns < V)[:, None] & (rows < live)[None, :]
         at_out = do + first_head * V + columns[None, :] + rows[:, None] * (HV * V)
         d_out = tl.load(at_out, mask=(rows < live)[:, None] & (columns < V)[None, :], other=0.0).to(DTYPE)
@@ -231,6 +232,7 @@ def scalar_backward_states_kernel(
             else:
                 tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)
                 z *= tl.trans(gate_tile).to(tl.float32)
-        tl.store(dv + first_head * V + token_values, z.to(dv.dtype.element_ty), mask=inside)
+        at_v = dv + first_token * dv_stride + head * V + columns[:, None] + rows[None, :] * dv_stride
+        tl.store(at_v, z.to(dv.dtype.element_ty), mask=inside)
     if INITIAL:
         tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)

@@ -17,7 +17,7 @@ def values_backward_kernel(
     v, write, v_strides, write_strides,
     do, R, dR, dv, d_write, dP, dT,
     starts, ends, num_tokens, chunks_a_row, scale,
-    HV, V,
+    HV, V, dv_stride,
     VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -26,9 +26,10 @@ def values_backward_kernel(
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     tile = m.to(tl.int64) * HV + head
     rows = tl.arange(0, C)
-    first_head = (row.to(tl.int64) * num_tokens + start) * HV + head
+    first_token = row.to(tl.int64) * num_tokens + start
+    first_head = first_token * HV + head
     do += first_head * V
-    dv += first_head * V
+    dv += first_token * dv_stride + head * V
     R += tile * C * VP
     dR += tile * C * VP
     dP += tile * C * C
@@ -62,7 +63,7 @@ def values_backward_kernel(
             else:
                 d_write_sum += tl.sum(v_tile * dr, 1)
             dr = dr * load_gate(write, write_strides, rows, live, columns, V, WRITE)
-        tl.store(dv + at, dr.to(dv.dtype.element_ty), mask=inside)
+        tl.store(dv + columns[None, :] + rows[:, None] * dv_stride, dr.to(dv.dtype.element_ty), mask=inside)
     if WRITE == SCALAR:
         tl.store(d_write + rows * HV, d_write_sum.to(d_write.dtype.element_ty), mask=rows < live)
     square = rows[:, None] * C + rows[None, :]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.linear_attention.triton.call import ENOUGH_PROGRAMS, TRITON_TYPE, Call, sum_of_parts
+from glade.ops.linear_attention.triton.call import ENOUGH_PROGRAMS, TRITON_TYPE, Call, sum_of_parts, token_stride
 from glade.ops.linear_attention.triton.keys_backward import keys_backward_kernel
 from glade.ops.linear_attention.triton.launch import (
     Chunks,
@@ -32,6 +32,7 @@ from glade.ops.linear_attention.triton.segments import what_segments_keep
 from glade.ops.linear_attention.triton.states import backward_states_kernel, forward_states_kernel
 from glade.ops.linear_attention.triton.values_backward import values_backward_kernel
 from glade.ops.linear_attention.triton.vector_split import gradients_after, states_before
+from glade.ops.parts import gradient_like
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, keep: bool) -> list[Tensor]:
@@ -105,7 +106,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     dR, dS = torch.empty_like(R), torch.empty_like(S)
     dP, dT = torch.empty_like(kept[5]), torch.empty_like(kept[6])
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    dv = gradient_like(v)
     d_write = None if write is None else torch.empty_like(write, memory_format=torch.contiguous_format)
     with device_of(v):
         segments = _segments(call, v, cu_seqlens, chunks)
@@ -144,7 +145,7 @@ def _backward_values(call: Call, chunks: Chunks, do, v, write, scale, R, dR, dv,
     values_backward_kernel[(chunks.count, call.HV)](
         v, write, *(strides_of(x) for x in (v, write)),
         do, R, dR, dv, d_write, dP, dT, *call.where(chunks), scale,
-        *constants(call.HV, call.V),
+        *constants(call.HV, call.V, token_stride(dv)),
         VP=call.VP, BV=min(call.VP, launch.block), C=call.chunk,
         ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
         STAGES=launch.stages, num_warps=launch.warps,
@@ -163,7 +164,7 @@ def _backward_keys(call: Call, chunks: Chunks, do, q, k, g, erase, scale, kept: 
             q, k, erase, *(strides_of(x) for x in (q, k, erase)),
             G, do, R, dR, S, dS, dP, dT, carried, dq, dk, d_erase, dg,
             *call.where(chunks), call.num_token_heads, scale,
-            *constants(call.HV, call.group, call.K, call.V),
+            *constants(call.HV, call.group, call.K, call.V, token_stride(dq), token_stride(dk)),
             KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v),
             NUM_CARRIED=carried.shape[2], C=call.chunk, LEVELS=call.levels,
             GATE=call.gate, ERASE=call.erase, PACKED=call.packed, **call.types,
