@@ -1,8 +1,8 @@
 """How an objective's forward passes run on the model's device: `Direct`, one kernel after another, or `Recorded`.
 
 A pass starts thousands of kernels, and in a model of a few hundred million parameters Python takes longer to start
-them than a GPU to run them. `Recorded` runs a pass of each size once as it is, records the next one and its backward
-as two CUDA graphs, and from then on replays these: the same kernels on the same numbers, started at once.
+them than a GPU to run them. `Recorded` runs the first passes of each size as they are, records one and its backward as
+two CUDA graphs, and from then on replays these: the same kernels on the same numbers, started at once.
 
 Sizes repeat because rows are filled up: `Packed.padded` adds tokens without a target, in a document of their own, and
 documents without a token, so that there are few different sizes. What the values of the borders decide (how much room
@@ -30,6 +30,7 @@ Function = Callable[..., tuple[Tensor, Tensor | None]]
 # many tensors by few kernels
 copy_all, add_all = torch._foreach_copy_, torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 MOST_SIZES = 64  # that are kept, the last used ones
+RECORDED = 3  # the pass of a size that is recorded: to record takes as long as some passes do
 
 
 class Packed(Protocol):
@@ -70,7 +71,7 @@ class Recorded:
     def __init__(self, model: LanguageModel, device: torch.device) -> None:
         assert device.type == "cuda"
         self.model, self.device = model, device
-        self._sizes: OrderedDict[Hashable, _Graphs | None] = OrderedDict()  # None: was run, not yet recorded
+        self._sizes: OrderedDict[Hashable, int | _Graphs] = OrderedDict()  # how often one was seen, or its recording
         self._pool = torch.cuda.graph_pool_handle()
         # one for all recordings: torch's products keep a workspace for each stream they have been on
         self._stream = torch.cuda.Stream(device)
@@ -81,7 +82,7 @@ class Recorded:
 
     def __len__(self) -> int:
         """Sizes that have been recorded."""
-        return sum(graphs is not None for graphs in self._sizes.values())
+        return sum(isinstance(size, _Graphs) for size in self._sizes.values())
 
     def __call__(self, function: Function, packed: Packed) -> tuple[Tensor, Tensor | None]:
         """function(model, *packed.padded()), on the device."""
@@ -90,19 +91,16 @@ class Recorded:
         if not torch.is_grad_enabled() or not self._records:
             return self._run(function, packed, longest)
         size = self._size(function, packed, longest)
-        if size not in self._sizes:
+        known = self._sizes.pop(size, 0)
+        if isinstance(known, int):
             if self._pool_bytes and not self._has_room(packed):
                 self._give_up()
                 return self._run(function, packed, longest)
-            self._sizes[size] = None
-            if len(self._sizes) > MOST_SIZES:
-                self._sizes.popitem(last=False)
-            return self._run(function, packed, longest)
-        self._sizes.move_to_end(size)
-        graphs = self._sizes[size]
-        if graphs is None:
-            graphs = self._sizes[size] = self._record(function, packed, longest)
-        return graphs.run(packed), None
+            known = self._record(function, packed, longest) if known + 1 == RECORDED else known + 1
+        self._sizes[size] = known  # the last used one is the last
+        if len(self._sizes) > MOST_SIZES:
+            self._sizes.popitem(last=False)
+        return self._run(function, packed, longest) if isinstance(known, int) else (known.run(packed), None)
 
     def _run(self, function: Function, packed: Packed, longest: dict[int, int]) -> tuple[Tensor, Tensor | None]:
         return function(self.model, *_placed(packed, longest, lambda x: sent(x, self.device)))
@@ -115,6 +113,10 @@ class Recorded:
         return function, shapes, tuple(longest.values()), trained, autocast, self.model.training
 
     def _record(self, function: Function, packed: Packed, longest: dict[int, int]) -> "_Graphs":
+        with torch.cuda.device(self.device):
+            return self._recorded(function, packed, longest)
+
+    def _recorded(self, function: Function, packed: Packed, longest: dict[int, int]) -> "_Graphs":
         inputs = _placed(packed, longest, lambda x: sent(x, self.device).clone())
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for p in parameters:

@@ -46,7 +46,7 @@ class PackedAnswers(NamedTuple):
 
     def padded(self) -> Self:
         """For `glade.train.passes`: the last prompts are padding and empty, and so are the answers after the last."""
-        prompt_extra, extra = (rounded_up(x.shape[1], 16) - x.shape[1] for x in (self.prompt_ids, self.ids))
+        prompt_extra, extra = (rounded_up(x.shape[1], 8) - x.shape[1] for x in (self.prompt_ids, self.ids))
         prompt_ids, ids = pad(self.prompt_ids, (0, prompt_extra)), pad(self.ids, (0, extra))
         borders = padded_borders(self.borders, ids.shape[1])
         return self._replace(
