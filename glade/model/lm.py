@@ -257,13 +257,23 @@ class LanguageModel(nn.Module):
         if targets is not None and self.config.vocab_rows != self.config.vocab_size:
             self._check_ids(targets.clamp_min(0), "targets")
         rows = ids.shape[0] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, ids.shape[0])
-        if state is not None and (len(state) != rows or len(state.layers) != len(self.layers)):
-            raise ValueError(
-                f"state has {len(state)} rows and {len(state.layers)} layers; this call has {rows} "
-                f"{'sequences' if cu_seqlens is None else 'documents'} and the model {len(self.layers)} layers"
-            )
+        if state is not None:
+            self._check_state(state, rows, "sequences" if cu_seqlens is None else "documents")
         if logits == "last":
             self._check_last(ids, cu_seqlens)
+
+    def _check_state(self, state: State, rows: int, called: str) -> None:
+        if len(state) != rows or len(state.layers) != len(self.layers):
+            raise ValueError(
+                f"state has {len(state)} rows and {len(state.layers)} layers; this call has {rows} {called} and the "
+                f"model {len(self.layers)} layers"
+            )
+        for i, (block, layer) in enumerate(zip(self.blocks(), state.layers, strict=True)):
+            if type(layer) is not block.mixer.state_type:
+                raise ValueError(
+                    f"layer {i} of state is of {type(layer).__name__}, this model's of "
+                    f"{block.mixer.state_type.__name__}; give a state that this model has returned"
+                )
 
     def _check_last(self, ids: Tensor, cu_seqlens: Tensor | None) -> None:
         borders = [0, ids.shape[1]] if cu_seqlens is None else document_borders(cu_seqlens, ids.shape[1])

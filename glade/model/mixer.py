@@ -22,6 +22,7 @@ class Mixer(nn.Module, ABC):
     """y_t = f(x_0 .. x_t), within a document."""
 
     o_proj: nn.Linear  # the map that writes into the residual stream
+    state_type: type  # of what `forward` returns and takes
 
     @abstractmethod
     def forward(

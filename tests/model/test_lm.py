@@ -87,6 +87,9 @@ def test_calls_that_do_not_fit_are_refused() -> None:
         model(ids[0])
     with pytest.raises(ValueError, match="state has 3 rows and 2 layers; this call has 2 sequences"):
         model(ids, model.init_state(3))
+    other = LanguageModel(replace(SMALL, mixer="softmax"))
+    with pytest.raises(ValueError, match="layer 0 of state is of AttentionState, this model's of LinearState"):
+        model(ids, other.init_state(2))
     with pytest.raises(ValueError, match="this call has 3 documents"):
         model(ids[:1], model.init_state(1), cu_seqlens=torch.tensor([0, 1, 2, 3]))
     with pytest.raises(ValueError, match="logits is 'first'"):

@@ -25,6 +25,8 @@ MIN_CAPACITY = 64
 class Attention(Mixer):
     """softmax, and with `options.window` swa."""
 
+    state_type = AttentionState
+
     def __init__(self, dim: int, options: AttentionOptions) -> None:
         super().__init__()
         self.options = o = options

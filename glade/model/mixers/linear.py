@@ -47,6 +47,8 @@ class Gates(NamedTuple):
 class Linear(Mixer):
     """Linear attention with a feature map, S_t = S_{t-1} + k_t v_t^T, and the base of every linear mixer."""
 
+    state_type = LinearState
+
     def __init__(self, dim: int, options: LinearOptions) -> None:
         super().__init__()
         self.options = options

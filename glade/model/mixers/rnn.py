@@ -22,6 +22,8 @@ class RnnState(NamedTuple):
 class Rnn(Mixer):
     """x_proj holds W_hx and b_h, o_proj W_yh and b_y."""
 
+    state_type = RnnState
+
     def __init__(self, dim: int, options: RnnOptions) -> None:
         super().__init__()
         self.activation: RnnActivation = options.rnn_activation
