@@ -76,8 +76,8 @@ class Recorded:
         # one for all recordings: torch's products keep a workspace for each stream they have been on
         self._stream = torch.cuda.Stream(device)
         self._gradients: dict[nn.Parameter, Tensor] = {}  # where every recording writes them
-        self._bytes_a_token = 0.0
         self._pool_bytes = 0
+        self._most_tokens = 1  # of a recorded pass
         self._records = True
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class Recorded:
     def __call__(self, function: Function, packed: Packed) -> tuple[Tensor, Tensor | None]:
         """function(model, *packed.padded()), on the device."""
         packed = packed.padded()
-        longest = {id(x): longest_of(x) for x in packed.all_borders()}
+        longest = {id(x): _longest(x) for x in packed.all_borders()}
         if not torch.is_grad_enabled() or not self._records:
             return self._run(function, packed, longest)
         size = self._size(function, packed, longest)
@@ -113,10 +113,6 @@ class Recorded:
         return function, shapes, tuple(longest.values()), trained, autocast, self.model.training
 
     def _record(self, function: Function, packed: Packed, longest: dict[int, int]) -> "_Graphs":
-        with torch.cuda.device(self.device):
-            return self._recorded(function, packed, longest)
-
-    def _recorded(self, function: Function, packed: Packed, longest: dict[int, int]) -> "_Graphs":
         inputs = _placed(packed, longest, lambda x: sent(x, self.device).clone())
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for p in parameters:
@@ -125,7 +121,7 @@ class Recorded:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
-        with asked_once_a_recording():
+        with torch.cuda.device(self.device), asked_once_a_recording():
             # a weight cast before would be read where it lies, and not be cast again in a replay
             torch.clear_autocast_cache()
             with self._recording(forward):
@@ -138,7 +134,7 @@ class Recorded:
                 reached = {p: d for p, d in zip(parameters, found, strict=True) if d is not None}
                 copy_all([self._gradients[p] for p in reached], list(reached.values()))
         self._pool_bytes += torch.cuda.memory_reserved(self.device) - before
-        self._bytes_a_token = max(self._bytes_a_token, self._pool_bytes / num_tokens(packed))
+        self._most_tokens = max(self._most_tokens, _num_tokens(packed))
         gradients = {p: self._gradients[p] for p in reached}
         return _Graphs(inputs, forward, values.detach(), backward, d_values, gradients)
 
@@ -146,7 +142,7 @@ class Recorded:
         """Whether a pass may take the memory that recorded ones do, beside theirs."""
         free, _ = torch.cuda.mem_get_info(self.device)
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device) - self._pool_bytes
-        return free + unused > 1.1 * self._bytes_a_token * num_tokens(packed)
+        return free + unused > 1.1 * self._pool_bytes * _num_tokens(packed) / self._most_tokens
 
     def _give_up(self) -> None:
         warnings.warn(
@@ -229,11 +225,11 @@ def _placed(packed: Packed, longest: dict[int, int], place: Callable[[Tensor], T
     return placed
 
 
-def num_tokens(packed: Packed) -> int:
+def _num_tokens(packed: Packed) -> int:
     return max(1, sum(x.numel() for x in packed if x is not None))
 
 
-def longest_of(borders: Tensor) -> int:
+def _longest(borders: Tensor) -> int:
     """The tokens of the longest document, rounded up to a power of two."""
     return rounded_up(int(borders.diff().max()), 1) if len(borders) > 1 else 0
 

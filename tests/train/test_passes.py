@@ -1,6 +1,8 @@
 """Rows that are filled up to one of few sizes mean the same, and recorded passes, on a GPU, are the passes."""
 
+from collections import OrderedDict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from glade.model.config import ModelConfig
 from glade.model.lm import LanguageModel
 from glade.ops.packing import declare_longest, longest_document
 from glade.train import dpo
+from glade.train import passes as passes_module
 from glade.train.align_config import DpoTrainSettings
 from glade.train.config import TrainSettings
 from glade.train.dpo import Preferences, Steps
@@ -132,6 +135,58 @@ def test_what_is_not_recorded():
     assert "expert" in why_not_recorded(model_of("gdn", ffn="moe"), bf16=True)
     rnn = LanguageModel(ModelConfig(mixer="rnn", num_layers=1, dim=32, vocab_size=VOCAB))
     assert "Rnn" in why_not_recorded(rnn, bf16=True)
+
+
+class Told(Recorded):
+    """On the CPU: says what is done with a pass."""
+
+    def __init__(self, room=True):
+        self.model, self.device, self.room = torch.nn.Linear(1, 1), torch.device("cpu"), room
+        self._sizes, self._records, self._pool_bytes, self._most_tokens = OrderedDict(), True, 0, 1
+
+    def _run(self, function, packed, longest):
+        return "run"
+
+    def _record(self, function, packed, longest):
+        self._pool_bytes = 1
+        return SimpleNamespace(run=lambda packed: "replayed")
+
+    def _has_room(self, packed):
+        return self.room
+
+
+def done(passes, *rows):
+    answers = [passes(token_losses, row) for row in rows]
+    return [x if isinstance(x, str) else x[0] for x in answers]
+
+
+def test_the_third_pass_of_a_size_is_recorded(monkeypatch):
+    passes, one, two = Told(), row_of(20, 44), row_of(20, 90)
+    assert done(passes, one, one, one, one) == ["run", "run", "replayed", "replayed"]
+    assert done(passes, two, one, two, two) == ["run", "replayed", "run", "replayed"]
+    with torch.no_grad():
+        assert done(passes, one) == ["run"]
+    monkeypatch.setattr(passes_module, "MOST_SIZES", 2)
+    assert done(passes, row_of(20, 200), two, one) == ["run", "replayed", "run"]  # one was used longest ago
+
+
+def test_nothing_is_recorded_any_more_where_memory_runs_short(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    passes, one, two = Told(room=False), row_of(20, 44), row_of(20, 90)
+    assert done(passes, one, one, one) == ["run", "run", "replayed"]
+    with pytest.warns(RuntimeWarning, match=r"set train\.cuda_graphs=off"):
+        assert done(passes, two) == ["run"]
+    assert done(passes, one, one, one, one) == ["run"] * 4 and len(passes._sizes) == 0
+
+
+@pytest.mark.parametrize(("free", "fits"), [(50, False), (60, True)])
+def test_room_is_judged_by_the_largest_recorded_pass(monkeypatch, free, fits):
+    """Recordings share their memory: a pass of half the tokens takes half of it."""
+    passes, row = Told(), row_of(20, 13)
+    passes._pool_bytes, passes._most_tokens = 100, 2 * sum(x.numel() for x in row)
+    for name, value in {"mem_get_info": (free, 0), "memory_reserved": 100, "memory_allocated": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert Recorded._has_room(passes, row) is fits
 
 
 class Rows:
