@@ -36,7 +36,7 @@ from torch import Tensor
 from glade.infer.captured.graphs import Graphs
 from glade.infer.config import SamplingParams
 from glade.infer.engine import Delta, Engine, Request
-from glade.infer.prefill import read
+from glade.infer.pieces import Pieces
 from glade.infer.rows import growing_layers
 from glade.infer.step import decode_step
 from glade.model.config import ModelConfig
@@ -216,12 +216,12 @@ def profile(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
 def prefill(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
     """Its pieces are as large as the engine's; the forward keeps what a backward would need."""
     ids = torch.randint(args.vocab, (1, args.long), device=args.device)
-    tokens, growing = ids[0].tolist(), growing_layers(model)
+    tokens, reader = ids[0].tolist(), Pieces(model, growing_layers(model))
 
     def pieces(size: int) -> None:
         state = None
         for start in range(0, args.long, size):
-            (state,) = read(model, [tokens[start : start + size]], [state], growing)
+            (state,) = reader.read([tokens[start : start + size]], [state])
 
     works: dict[str, Callable[[], object]] = {
         f"prefill, pieces of {size}": partial(pieces, size) for size in args.pieces
@@ -244,7 +244,7 @@ def seen(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
 
     # the first answers compile and record
     for i in range(3):
-        first_token((i, *prompt[:5000]))
+        first_token((i, *prompt[1:]))
     fresh = [1e3 * seconds(args.device, lambda: first_token(prompt))]
     again = [1e3 * seconds(args.device, lambda: first_token(prompt)) for _ in range(10)]
     report(args, model, mixer, "first token, prompt never seen", fresh, 1, model.state_bytes(30_000), prompt=30_000)

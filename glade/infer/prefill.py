@@ -7,36 +7,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-import torch
-
+from glade.infer.pieces import Pieces
 from glade.infer.prefix_cache import PrefixCache
-from glade.infer.rows import join, split
-from glade.infer.slots import evaluating
 from glade.model.lm import LanguageModel
 from glade.model.state import State
 
 Owner = TypeVar("Owner")
-
-
-@torch.no_grad()
-def read(
-    model: LanguageModel, pieces: Sequence[Sequence[int]], states: Sequence[State | None], growing: Sequence[bool]
-) -> list[State]:
-    """The one-row state after each of `pieces` (at least one id each), read on from `states`; None is the start.
-
-    A state given is left as it is, so it may be kept. `growing` is `growing_layers(model)`.
-    """
-    device = model.embed.weight.device
-    ids = torch.tensor([[id for piece in pieces for id in piece]], device=device)
-    before = None
-    if any(state is not None for state in states):
-        before = join([model.init_state(1) if state is None else state for state in states], growing)
-    cu_seqlens = None
-    if len(pieces) > 1:
-        cu_seqlens = torch.tensor([0, *map(len, pieces)], device=device).cumsum(0).to(torch.int32)
-    with evaluating(model):
-        _, after = model(ids, before, cu_seqlens=cu_seqlens, logits="none")
-    return split(after, after.position.tolist(), growing)
 
 
 class Read(NamedTuple, Generic[Owner]):
@@ -74,7 +50,7 @@ class PromptReader(Generic[Owner]):
     def __init__(
         self, model: LanguageModel, cache: PrefixCache, growing: Sequence[bool], chunk_tokens: int, alone: bool
     ) -> None:
-        self.model, self.cache, self.growing = model, cache, growing
+        self.cache, self._pieces = cache, Pieces(model, growing)
         self.chunk_tokens, self.alone = chunk_tokens, alone
         self._line: deque[_Prompt[Owner]] = deque()
 
@@ -141,7 +117,7 @@ class PromptReader(Generic[Owner]):
             return []
         pieces = [prompt.ids[prompt.read : prompt.read + count] for prompt, count in chosen]
         try:
-            states = read(self.model, pieces, [prompt.state for prompt, _ in chosen], self.growing)
+            states = self._pieces.read(pieces, [prompt.state for prompt, _ in chosen])
         except Exception as error:
             if len(chosen) > 1:
                 return [each for one in chosen for each in self._read([one])]

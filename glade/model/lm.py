@@ -284,6 +284,7 @@ class LanguageModel(nn.Module):
 
     def _check_ids(self, ids: Tensor, name: str) -> None:
         unread = torch.compiler.is_compiling() or ids.is_meta or (ids.device.type != "cpu" and self.training)
+        unread = unread or (ids.is_cuda and torch.cuda.is_current_stream_capturing())  # whoever records has looked
         if unread or ids.numel() == 0:
             return
         low, high = torch.stack(ids.aminmax()).tolist()  # one look at a device

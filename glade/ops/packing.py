@@ -167,3 +167,9 @@ def tokens_seen(x: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None) -> Te
     else:
         read = cu_seqlens.diff().to(torch.int64)
     return read if seen is None else seen + read
+
+
+def rounded_up(n: int, sizes: int) -> int:
+    """n, or the next of `sizes` (a power of two) evenly spaced numbers from one power of two to the next."""
+    step = 1 << max(0, n.bit_length() - sizes.bit_length())
+    return -(-n // step) * step

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glade.data.order import permutation
+from glade.ops.packing import rounded_up
 
 
 def samples(num: int, batch_size: int, seed: int, step: int, part: int = 0, parts: int = 1) -> list[int]:
@@ -75,9 +76,3 @@ class Row(NamedTuple):
 def padded_borders(borders: Tensor, num_tokens: int) -> Tensor:
     """Borders that go on to `num_tokens`: the tokens up to there are a document of their own, and empty ones follow."""
     return pad(borders, (0, rounded_up(len(borders) + 1, 4) - len(borders)), value=num_tokens)
-
-
-def rounded_up(n: int, sizes: int) -> int:
-    """n, or the next of `sizes` (a power of two) evenly spaced numbers from one power of two to the next."""
-    step = 1 << max(0, n.bit_length() - sizes.bit_length())
-    return -(-n // step) * step

@@ -22,8 +22,7 @@ from glade.model.lm import LanguageModel
 from glade.model.mixers.attention import Attention
 from glade.model.mixers.linear import Linear
 from glade.ops.attention import flash
-from glade.ops.packing import asked_once_a_recording, declare_longest
-from glade.train.examples import rounded_up
+from glade.ops.packing import asked_once_a_recording, declare_longest, rounded_up
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
 """(model, *tensors of a `Packed`) -> what is to be differentiated, and the load-balancing loss of experts or None."""

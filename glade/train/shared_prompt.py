@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glade.model.state import State
-from glade.train.examples import lay_out, padded_borders, rounded_up
+from glade.ops.packing import rounded_up
+from glade.train.examples import lay_out, padded_borders
 
 Forward = Callable[..., tuple[Tensor, State]]
 """A `LanguageModel`, compiled or not."""

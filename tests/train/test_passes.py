@@ -9,13 +9,13 @@ import torch
 
 from glade.model.config import ModelConfig
 from glade.model.lm import LanguageModel
-from glade.ops.packing import declare_longest, longest_document
+from glade.ops.packing import declare_longest, longest_document, rounded_up
 from glade.train import dpo
 from glade.train import passes as passes_module
 from glade.train.align_config import DpoTrainSettings
 from glade.train.config import TrainSettings
 from glade.train.dpo import Preferences, Steps
-from glade.train.examples import Row, lay_out, padded_borders, rounded_up
+from glade.train.examples import Row, lay_out, padded_borders
 from glade.train.loop import Pass, Trainer
 from glade.train.loss import next_token_loss, token_losses
 from glade.train.optim import build_optimizer

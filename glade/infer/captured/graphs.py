@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Function = Callable[[Sequence[Tensor]], Tensor]
+Function = Callable[[Sequence[Tensor]], Any]
+"""Of tensors; answers a tensor, or several."""
 # recording begins by waiting for the whole device, which another thread's recording would not survive
 _recording = threading.Lock()
 
@@ -38,7 +39,7 @@ class Graphs:
         """Forgets all recordings: something moved."""
         self._kinds.clear()
 
-    def run(self, kind: Hashable, tensors: Sequence[Tensor], function: Function) -> Tensor:
+    def run(self, kind: Hashable, tensors: Sequence[Tensor], function: Function) -> Any:
         """function(tensors). Calls of one `kind` have tensors of the same shapes and dtypes, and do the same.
 
         The same sequence object as last time means that its values are the same, too.
@@ -63,7 +64,7 @@ class _Kind:
         self._latest = tensors
         self.recorded = False
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._answer: Tensor | None = None
+        self._answer: Any = None
 
     def take(self, tensors: Sequence[Tensor]) -> None:
         if tensors is not self._latest:
@@ -82,7 +83,7 @@ class _Kind:
             self._answer = function(self.inputs)
         self._graph = graph
 
-    def answer(self, function: Function) -> Tensor:
+    def answer(self, function: Function) -> Any:
         if self._graph is None or self._answer is None:
             return function(self.inputs)
         self._graph.replay()
