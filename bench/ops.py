@@ -3,6 +3,7 @@
     python bench/ops.py                                     # every corner, the three shapes of 32,768 tokens
     python bench/ops.py --corners gdn2 --shapes 16x2048     # one of them
     python bench/ops.py --corners gla --heads 4x256x512     # other heads: number, K, V
+    python bench/ops.py --shapes 1x32768/256                # 256 documents of uneven lengths, packed
     python bench/ops.py --cold glade --shapes               # the first call of every corner, nothing compiled before
     python bench/ops.py --out bench/results/ops_h200.csv    # adds to the file; bench/plot_ops.py draws it
 
@@ -34,7 +35,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,19 +55,21 @@ PEERS = {
     "gdn2": ("gdn2", "chunk_gdn2"),
 }
 Inputs = dict[str, Tensor]
+Op = Callable[[Inputs, Tensor | None], Tensor]  # of the inputs and cu_seqlens
 
 
-def glade_op(inputs: Inputs) -> Tensor:
-    gates = {name: inputs[name] for name in ("g", "erase", "write") if name in inputs}
-    return linear_attention(inputs["q"], inputs["k"], inputs["v"], **gates, backend="triton")[0]
+def glade_op(inputs: Inputs, cu_seqlens: Tensor | None = None) -> Tensor:
+    named: dict[str, Any] = {name: inputs[name] for name in ("g", "erase", "write") if name in inputs}
+    q, k, v = (inputs[name] for name in "qkv")
+    return linear_attention(q, k, v, **named, cu_seqlens=cu_seqlens, backend="triton")[0]
 
 
-def glade_op_recomputing(inputs: Inputs) -> Tensor:
+def glade_op_recomputing(inputs: Inputs, cu_seqlens: Tensor | None = None) -> Tensor:
     with recomputing():
-        return glade_op(inputs)
+        return glade_op(inputs, cu_seqlens)
 
 
-def peer_ops(corner: str, lift_refusal: bool = False) -> Iterator[tuple[str, Callable[[Inputs], Tensor]]]:
+def peer_ops(corner: str, lift_refusal: bool = False) -> Iterator[tuple[str, Op]]:
     """The peers' ops by name, on the same tensors: erase stands for their beta where both gates are one scalar."""
     found = []
     if corner in PEERS and find_spec("fla") is not None:
@@ -79,22 +82,25 @@ def peer_ops(corner: str, lift_refusal: bool = False) -> Iterator[tuple[str, Cal
         found.append(("flashqla", import_module("flash_qla").chunk_gated_delta_rule))
     names = {"delta": ("erase",), "gdn": ("g", "erase"), "kda": ("g", "erase"), "gdn2": ("g", "erase", "write")}
     gates = names.get(corner, ("g",))
-    for name, op in found:
-        yield name, lambda inputs, op=op: op(inputs["q"], inputs["k"], inputs["v"], *(inputs[x] for x in gates))[0]
+    for name, function in found:
+
+        def op(inputs: Inputs, cu_seqlens: Tensor | None = None, function: Callable[..., Any] = function) -> Tensor:
+            named = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.long()}
+            return function(inputs["q"], inputs["k"], inputs["v"], *(inputs[x] for x in gates), **named)[0]
+
+        yield name, op
 
 
-def both_ways(op: Callable[[Inputs], Tensor], inputs: Inputs, do: Tensor) -> None:
-    torch.autograd.grad(op(inputs), list(inputs.values()), do, allow_unused=True)
+def both_ways(op: Op, inputs: Inputs, do: Tensor, cu_seqlens: Tensor | None = None) -> None:
+    torch.autograd.grad(op(inputs, cu_seqlens), list(inputs.values()), do, allow_unused=True)
 
 
-def able(
-    providers: dict[str, Callable[[Inputs], Tensor]], inputs: Inputs, do: Tensor
-) -> dict[str, Callable[[Inputs], Tensor]]:
+def able(providers: dict[str, Op], inputs: Inputs, do: Tensor, cu_seqlens: Tensor | None) -> dict[str, Op]:
     """Those that run; of a peer that does not, why not is printed."""
     ran = {}
     for name, op in providers.items():
         try:
-            both_ways(op, inputs, do)
+            both_ways(op, inputs, do, cu_seqlens)
             ran[name] = op
         except Exception as error:
             if name.startswith("glade"):
@@ -154,21 +160,44 @@ def inputs_of(corner: str, B: int, T: int, heads: tuple[int, int, int]) -> Input
     return {name: x.requires_grad_() for name, x in inputs.items() if x is not None}
 
 
+class Case(NamedTuple):
+    B: int
+    T: int
+    documents: int  # that the tokens of one row are packed from; 0: none are packed
+
+    @classmethod
+    def of(cls, text: str) -> "Case":
+        """`16x2048`, or `1x32768/256`."""
+        shape, _, documents = text.partition("/")
+        B, T = map(int, shape.split("x"))
+        if documents and B != 1:
+            raise SystemExit(f"--shapes {text}: packed documents lie in one row, as in 1x{B * T}/{documents}")
+        return cls(B, T, int(documents or 0))
+
+    def cu_seqlens(self) -> Tensor | None:
+        if not self.documents:
+            return None
+        cuts = torch.randperm(self.T - 1, generator=torch.Generator().manual_seed(0))[: self.documents - 1] + 1
+        return torch.tensor([0, *sorted(cuts.tolist()), self.T], dtype=torch.int32, device="cuda")
+
+
 def rows_of(
-    corner: str, B: int, T: int, heads: tuple[int, int, int], bandwidth: float, repeats: int, lift_refusal: bool
+    corner: str, case: Case, heads: tuple[int, int, int], bandwidth: float, repeats: int, lift_refusal: bool
 ) -> Iterator[dict[str, object]]:
-    inputs = inputs_of(corner, B, T, heads)
-    wrong = failures(errors_between({"state": None, **gates_absent(), **inputs}, "triton", "torch"), torch.bfloat16)
+    B, T, documents = case
+    inputs, cu_seqlens = inputs_of(corner, B, T, heads), case.cu_seqlens()
+    named = {"state": None, **gates_absent(), **inputs}
+    wrong = failures(errors_between(named, "triton", "torch", cu_seqlens), torch.bfloat16)
     if wrong:
-        raise SystemExit(f"{corner} {B}x{T}: not timed, since it is wrong: {wrong}")
+        raise SystemExit(f"{corner} {case}: not timed, since it is wrong: {wrong}")
     do = torch.randn_like(inputs["v"])
     providers = {"glade": glade_op, "glade, recomputing": glade_op_recomputing}
-    providers = able({**providers, **dict(peer_ops(corner, lift_refusal))}, inputs, do)
+    providers = able({**providers, **dict(peer_ops(corner, lift_refusal))}, inputs, do, cu_seqlens)
     modes: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward+backward": {}}
     peak_bytes = {}
     for name, op in providers.items():
-        modes["forward"][name] = lambda op=op: op(inputs)
-        modes["forward+backward"][name] = lambda op=op: both_ways(op, inputs, do)
+        modes["forward"][name] = lambda op=op: op(inputs, cu_seqlens)
+        modes["forward+backward"][name] = lambda op=op: both_ways(op, inputs, do, cu_seqlens)
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         modes["forward+backward"][name]()
@@ -188,7 +217,7 @@ def rows_of(
                 "op": corner,
                 "provider": name,
                 "mode": mode,
-                "shape": f"B{B} T{T} H{heads[0]} K{heads[1]} V{heads[2]}",
+                "shape": f"B{B} T{T} H{heads[0]} K{heads[1]} V{heads[2]}" + f" N{documents}" * (documents > 0),
                 **run_by(),
                 "median_ms": round(median, 4),
                 "p20_ms": round(p20, 4),
@@ -253,7 +282,9 @@ def versions() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corners", nargs="+", default=list(CORNERS), choices=list(CORNERS))
-    parser.add_argument("--shapes", nargs="*", default=["16x2048", "4x8192", "1x32768"], help="batch x tokens")
+    parser.add_argument(
+        "--shapes", nargs="*", default=["16x2048", "4x8192", "1x32768"], help="batch x tokens, and / documents packed"
+    )
     parser.add_argument("--heads", default="16x128x128", help="heads x K x V")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--cold", nargs="+", default=[], help="whose first call is timed as well: glade, fla, flashqla")
@@ -273,8 +304,7 @@ def main() -> None:
         for provider in arguments.cold:
             tell([cold_row(corner, provider, (H, K, V))], arguments.out)
         for shape in arguments.shapes:
-            B, T = map(int, shape.split("x"))
-            rows = rows_of(corner, B, T, (H, K, V), bandwidth, arguments.repeats, arguments.lift_refusal)
+            rows = rows_of(corner, Case.of(shape), (H, K, V), bandwidth, arguments.repeats, arguments.lift_refusal)
             tell(rows, arguments.out)
 
 
