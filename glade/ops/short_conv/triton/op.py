@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.linear_attention.triton.sums import sum_of_programs
 from glade.ops.packing import checked_borders, document_ids, once
 from glade.ops.parts import gradient_like
 from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
@@ -148,8 +149,8 @@ def _backward(
                 heads, taps, dfinal, dstate, call.borders, call.num_tokens, call.D,
                 BD=WIDTH, W=W, FINAL=dfinal is not None, PACKED=cut["PACKED"],
             )  # fmt: skip
-    sums = parts.sum(0)
-    dbias = sums[W].to(weight.dtype if bias is None else bias.dtype, copy=True)
+    sums = sum_of_programs(parts)
+    dbias = weight.new_empty(call.D) if bias is None else sums[W].to(bias.dtype, copy=True)
     return dx, torch.empty_like(taps).copy_(sums[:W].T), dbias, dstate
 
 
