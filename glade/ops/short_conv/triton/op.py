@@ -134,7 +134,8 @@ def _backward(
     heads = None if state is None else x.new_empty(call.num_documents, W - 1, call.D, dtype=torch.float32)
     state = None if state is None else state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    parts = x.new_empty(grid[0], W + 1, call.D, dtype=torch.float32)
+    # of each program the gradient of the taps [D, W], and of the bias behind it
+    parts = x.new_empty(grid[0], (W + (bias is not None)) * call.D, dtype=torch.float32)
     with device_of(x):
         if x.numel() > 0:
             short_conv_backward_kernel[grid](
@@ -150,8 +151,8 @@ def _backward(
                 BD=WIDTH, W=W, FINAL=dfinal is not None, PACKED=cut["PACKED"],
             )  # fmt: skip
     sums = sum_of_programs(parts)
-    dbias = weight.new_empty(call.D) if bias is None else sums[W].to(bias.dtype, copy=True)
-    return dx, torch.empty_like(taps).copy_(sums[:W].T), dbias, dstate
+    dbias = weight.new_empty(call.D) if bias is None else sums[W * call.D :].to(bias.dtype, copy=True)
+    return dx, sums[: W * call.D].view(taps.shape).to(taps.dtype), dbias, dstate
 
 
 short_conv = register("triton", _forward, _backward)
