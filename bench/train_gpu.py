@@ -69,10 +69,11 @@ PARTS = {
     "SwiGLU": ("swiglu",),
     "decays": ("log_decay",),
     "cross-entropy": ("losses_kernel", "gradients_kernel"),
+    "sums over programs": ("sum_kernel",),
+    "copies and casts": ("copy_kernel", "CopyFunctor", "Memcpy", "Memset", "bfloat16_copy", "FillFunctor"),
     "optimiser and clipping": ("multi_tensor", "FusedAdam", "fused_adam"),
     "products": ("gemm", "nvjet", "cutlass", "cublas", "splitK"),
     "concatenation": ("CatArray",),
-    "copies and casts": ("copy_kernel", "Memcpy", "Memset", "bfloat16_copy", "FillFunctor"),
 }
 Loss = Callable[[Tensor, Tensor], Tensor]
 

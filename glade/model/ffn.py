@@ -3,6 +3,8 @@
 Each answers `forward(x) -> (y, load_balance)`, the second None but for the mixture of experts.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,11 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.down(swiglu(joint(x, (self.gate, self.up))[0])), None
+        return self.down(swiglu(joint(x, self.joined_maps())[0])), None
+
+    def joined_maps(self) -> Sequence[nn.Linear]:
+        """Those that `joint` applies as one, in its order."""
+        return self.gate, self.up
 
     def flops_per_token(self) -> int:
         return matmul_flops(self)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glade.ops.parts import split
+from glade.ops.together import together
 
 
 class Mixer(nn.Module, ABC):
@@ -44,6 +45,10 @@ class Mixer(nn.Module, ABC):
         """One token a row, without gradients: x [B, D], its rows of `state` (`slots` [B] int64, or all in order)
         updated in place. Returns y [B, D] and the state to go on with: the same tensors, unless one had to grow.
         """
+
+    def joined_maps(self) -> Sequence[nn.Linear]:
+        """Those that `joint` applies as one, in its order."""
+        return ()
 
     @abstractmethod
     def init_state(self, batch: int) -> Any:
@@ -92,8 +97,8 @@ def joint(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
     """The answers to x of the maps of each group, side by side, from one matrix product for all.
 
     So x is read once, its gradient is one product too, and what one op reads (q, k and v of a convolution) comes as one
-    tensor. The weights are laid end to end for it; a single token a row, x [B, D], costs less than that, and an adapted
-    or watched map must be called itself: these are applied one by one.
+    tensor. The weights are laid end to end for it, unless they lie so (`glade.train.casts`); a single token a row,
+    x [B, D], costs less than that, and an adapted or watched map must be called itself: these are applied one by one.
     """
     maps = [m for group in groups for m in group]
     if x.dim() < 3 or any(type(m) is not nn.Linear or m._forward_hooks or m._forward_pre_hooks for m in maps):
@@ -101,7 +106,7 @@ def joint(x: Tensor, *groups: Sequence[nn.Linear]) -> list[Tensor]:
     bias = None
     if any(m.bias is not None for m in maps):
         bias = torch.cat([m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in maps])
-    y = F.linear(x, torch.cat([m.weight for m in maps]), bias)
+    y = F.linear(x, together([m.weight for m in maps]), bias)
     if len(groups) == 1:
         return [y]  # the gradient of a split is a copy, even of one into one
     return list(split(y, [sum(m.out_features for m in group) for group in groups]))

@@ -23,11 +23,11 @@ from glade.model.mixers.attention import Attention
 from glade.model.mixers.linear import Linear
 from glade.ops.attention import flash
 from glade.ops.packing import asked_once_a_recording, declare_longest, rounded_up
+from glade.train.casts import cast_weights, copy_all, reading
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
 """(model, *tensors of a `Packed`) -> what is to be differentiated, and the load-balancing loss of experts or None."""
-# many tensors by few kernels
-copy_all, add_all = torch._foreach_copy_, torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+add_all = torch._foreach_add_  # many tensors by few kernels  # pyright: ignore[reportPrivateImportUsage]
 MOST_SIZES = 64  # that are kept, the last used ones
 RECORDED = 3  # the pass of a size that is recorded: to record takes as long as some passes do
 
@@ -102,7 +102,13 @@ class Recorded:
         return self._run(function, packed, longest) if isinstance(known, int) else (known.run(packed), None)
 
     def _run(self, function: Function, packed: Packed, longest: dict[int, int]) -> tuple[Tensor, Tensor | None]:
-        return function(self.model, *_placed(packed, longest, lambda x: sent(x, self.device)))
+        return function(reading(self.model, self._cast()), *_placed(packed, longest, lambda x: sent(x, self.device)))
+
+    def _cast(self) -> dict[str, Tensor]:
+        """The weights that a pass multiplies in another dtype than theirs."""
+        if not torch.is_autocast_enabled("cuda") or not torch.is_grad_enabled():
+            return {}
+        return cast_weights(self.model, torch.get_autocast_dtype("cuda"))
 
     def _size(self, function: Function, packed: Packed, longest: dict[int, int]) -> Hashable:
         """What two passes share where the second can be a replay of the first."""
@@ -113,24 +119,27 @@ class Recorded:
 
     def _record(self, function: Function, packed: Packed, longest: dict[int, int]) -> "_Graphs":
         inputs = _placed(packed, longest, lambda x: sent(x, self.device).clone())
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for p in parameters:
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for p in parameters.values():
             if p not in self._gradients:
                 self._gradients[p] = torch.empty_like(p)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         with torch.cuda.device(self.device), asked_once_a_recording():
-            # a weight cast before would be read where it lies, and not be cast again in a replay
+            # what autocast has cast before would be read where it lies, and not be cast again in a replay
             torch.clear_autocast_cache()
             with self._recording(forward):
-                values, load_balance = function(self.model, *inputs)
+                cast = self._cast()
+                values, load_balance = function(reading(self.model, cast), *inputs)
             torch.clear_autocast_cache()
             assert load_balance is None, "experts are chosen by values (`why_not_recorded`)"
             d_values = torch.empty_like(values)
             with torch.autocast("cuda", enabled=False), self._recording(backward):
-                found = torch.autograd.grad(values, parameters, d_values, allow_unused=True)
-                reached = {p: d for p, d in zip(parameters, found, strict=True) if d is not None}
+                # of what was cast, the gradient is cast back on its way to where it is kept
+                read = [cast.get(name, p) for name, p in parameters.items()]
+                found = torch.autograd.grad(values, read, d_values, allow_unused=True)
+                reached = {p: d for p, d in zip(parameters.values(), found, strict=True) if d is not None}
                 copy_all([self._gradients[p] for p in reached], list(reached.values()))
         self._pool_bytes += torch.cuda.memory_reserved(self.device) - before
         self._most_tokens = max(self._most_tokens, _num_tokens(packed))

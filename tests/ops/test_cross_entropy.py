@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from glade.ops.cross_entropy import chunked, linear_cross_entropy, reference
+from glade.ops.cross_entropy.register import chunks_of
 from glade.ops.tolerances import TOLERANCES, relative_error
 
 
@@ -167,6 +168,23 @@ def test_no_tensor_is_as_large_as_all_logits(monkeypatch) -> None:
     # the measure itself works: the definition does hold them all
     whole = largest_allocation_bytes(lambda: reference.linear_cross_entropy(x, weight, targets, bias).sum().backward())
     assert whole >= tokens * vocab * 4
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "vocab", "most", "sizes"),
+    [
+        (32768, 32000, 4194, [4096] * 8),
+        (10, 5, 4, [4, 4, 2]),
+        (9, 5, 8, [5, 4]),
+        (3, 5, 8, [3]),
+        (2, 5, 0, [1, 1]),
+        (0, 5, 8, []),
+    ],
+)
+def test_chunks_are_of_one_size(num_tokens, vocab, most, sizes) -> None:
+    chunks = list(chunks_of(num_tokens, vocab, torch.bfloat16, 2 * vocab * most))
+    assert [c.stop - c.start for c in chunks] == sizes
+    assert torch.arange(num_tokens).tolist() == [t for c in chunks for t in range(c.start, c.stop)]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,26 @@ def test_many_chunks(monkeypatch):
 
 
 @gpu
+def test_the_gradient_of_fp32_weights_is_summed_in_fp32(monkeypatch):
+    """Under autocast products are of bf16 numbers, but what chunks add to the weight's gradient is never rounded."""
+    from glade.ops.cross_entropy.triton import linear
+
+    x, weight = torch.randn(512, 64, device="cuda"), torch.randn(1000, 64, device="cuda") / 8
+    targets = torch.randint(1000, (512,), device="cuda")
+
+    def gradient(bytes_of_chunks):
+        monkeypatch.setattr(linear, "MAX_LOGITS_BYTES", bytes_of_chunks)
+        leaf = weight.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            losses = linear.linear_cross_entropy(x, leaf, targets, None)
+        return torch.autograd.grad(losses.sum(), leaf)[0]
+
+    whole = gradient(2**30)
+    assert whole.dtype == torch.float32
+    assert relative_error(gradient(2**17), whole) < relative_error(whole.bfloat16(), whole) / 3
+
+
+@gpu
 def test_a_target_outside_the_vocabulary():
     # in a process of its own, whose CUDA context it ends; the device says what was wrong, and the error is that of
     # whatever call of CUDA comes next

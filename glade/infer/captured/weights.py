@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glade.infer.lowering import CannotLower, WeightsInPlace, check_dtype
 from glade.model.lm import LanguageModel
 from glade.model.quantized import Int8Weight
+from glade.ops.together import are_together, spanned
 
 
 class Matrix(NamedTuple):
@@ -68,16 +69,16 @@ class Weights(WeightsInPlace):
             for module in with_bias:
                 self.vector(module, "bias")
         parts = [self.table(module) for module in maps]
-        values = _spanned([part.values for part in parts])
+        values = spanned([part.values for part in parts])
         scales = None
         if parts[0].scales is not None:
-            scales = _spanned([part.scales for part in parts if part.scales is not None])
+            scales = spanned([part.scales for part in parts if part.scales is not None])
         return Matrix(values, scales, biases)
 
     def parameters_together(self, modules: Sequence[nn.Module], name: str) -> Tensor:
         """The parameter `name` of each, one under the other."""
         _lay_together([getattr(module, name) for module in modules])
-        return _spanned([cast(Tensor, self.vector(module, name)) for module in modules])
+        return spanned([cast(Tensor, self.vector(module, name)) for module in modules])
 
 
 def _lay_together(parameters: Sequence[Tensor]) -> None:
@@ -98,23 +99,7 @@ def _lay_together(parameters: Sequence[Tensor]) -> None:
 def _moved(tensors: list[Tensor]) -> Sequence[Tensor]:
     if len({x.dtype for x in tensors}) > 1:
         raise CannotLower("maps of one input have weights of several dtypes")
-    return tensors if _are_together(tensors) else torch.cat(tensors).split([len(x) for x in tensors])
-
-
-def _are_together(tensors: Sequence[Tensor]) -> bool:
-    end = tensors[0].data_ptr()
-    for x in tensors:
-        if x.data_ptr() != end or not x.is_contiguous():
-            return False
-        end += x.nbytes
-    return len({x.untyped_storage().data_ptr() for x in tensors}) == 1
-
-
-def _spanned(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors that lie one after the other, as one."""
-    assert _are_together(tensors)
-    first = tensors[0]
-    return first.as_strided((sum(len(x) for x in tensors), *first.shape[1:]), first.stride())
+    return tensors if are_together(tensors) else torch.cat(tensors).split([len(x) for x in tensors])
 
 
 def _biases(maps: Sequence[nn.Linear]) -> Tensor:

@@ -127,12 +127,18 @@ class Linear(Mixer):
 
     def _read(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """What is made of x: q, k and v side by side; the inputs of `gates`; the input of the output gate."""
-        maps = [(self.q_proj, self.k_proj, self.v_proj), *self.gate_maps()]
+        qkv, *z = joint(x, *self._maps_of_x())
         if self.output_gate_proj is None:
-            qkv, *z = joint(x, *maps)
             return qkv, z, None
-        qkv, *z, gate = joint(x, *maps, (first_map(self.output_gate_proj),))
+        *z, gate = z
         return qkv, z, second_map(self.output_gate_proj, gate)
+
+    def _maps_of_x(self) -> list[Sequence[nn.Linear]]:
+        maps = [(self.q_proj, self.k_proj, self.v_proj), *self.gate_maps()]
+        return maps if self.output_gate_proj is None else [*maps, (first_map(self.output_gate_proj),)]
+
+    def joined_maps(self) -> Sequence[nn.Linear]:
+        return [m for group in self._maps_of_x() for m in group]
 
     def _convolve(
         self, qkv: Tensor, past: Sequence[Tensor | None], cu_seqlens: Tensor | None

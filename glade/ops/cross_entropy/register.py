@@ -18,8 +18,11 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def chunks_of(num_tokens: int, vocab: int, dtype: torch.dtype, max_logits_bytes: int) -> Iterator[slice]:
-    """The tokens in pieces whose logits take at most so many bytes."""
-    size = max(1, max_logits_bytes // (max(vocab, 1) * dtype.itemsize))
+    """The tokens in as few pieces as there can be whose logits take at most so many bytes; all but the last of one
+    size, and that no larger than it must be: of 32,768 tokens 8 times 4,096, of which tiles of a product leave no rest.
+    """
+    most = max(1, max_logits_bytes // (max(vocab, 1) * dtype.itemsize))
+    size = -(-num_tokens // max(1, -(-num_tokens // most))) or 1
     return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 

@@ -56,7 +56,7 @@ def _backward(
     """Gradients of x, weight and bias (meaningless where there was none)."""
     inputs, matrix = x.reshape(-1, x.shape[-1]).to(matmul_dtype), weight.to(matmul_dtype)
     flat_targets, flat_dlosses = targets.reshape(-1).contiguous(), dlosses.reshape(-1).contiguous()
-    dx = torch.empty_like(inputs, dtype=x.dtype)
+    dx = torch.empty_like(inputs)
     dweight = torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
     dbias = dweight.new_zeros(len(weight))
     with device_of(x):
@@ -65,13 +65,20 @@ def _backward(
             gradients_in_place(logits, bias, flat_targets[chunk], flat_dlosses[chunk], normalisers[chunk])
             if bias is not None:
                 dbias += logits.sum(0, dtype=torch.float32)
-            dx[chunk] = logits @ matrix
-            if matmul_dtype == torch.float32:
-                dweight.addmm_(logits.T, inputs[chunk])
-            else:
-                dweight += logits.T @ inputs[chunk]
+            torch.mm(logits, matrix, out=dx[chunk])
+            _add_product(dweight, logits.T, inputs[chunk])
     dbias = dbias.to(weight.dtype if bias is None else bias.dtype)
-    return dx.view(x.shape), dweight.to(weight.dtype), dbias
+    return dx.view(x.shape).to(x.dtype), dweight.to(weight.dtype), dbias
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [n, m] fp32 += a b. cuBLAS adds to it what it has summed in fp32, without a product in bf16 between."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 linear_cross_entropy = register("triton", _forward, _backward)

@@ -13,11 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.linear_attention.triton.sums import sum_of_programs
 from glade.ops.log_decay.register import register
 
 TILE = 2048  # elements of a tile
 MAX_CHANNELS = 256  # of a tile
-TILES = 16  # of the backward, whose sums one program makes
+MAX_TILES = 16  # of the backward, whose sums one program makes
+PROGRAMS = 512  # that a GPU should have at least, or a program of the backward takes fewer tiles
 
 
 @triton.jit
@@ -62,7 +64,7 @@ def log_decay_kernel(
 
 @triton.jit
 def log_decay_backward_kernel(
-    dg, dg_stride, z, z_stride, rate, bias, dz, parts, num_rows, width,
+    dg, dg_stride, z, z_stride, rate, bias, dz, parts_of_rate, parts_of_bias, num_rows, width,
     BIAS: tl.constexpr, SIGN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -79,9 +81,9 @@ def log_decay_backward_kernel(
         d *= scale * tl.where(x < 0, e, 1.0) / (1 + e)
         of_bias += d
         tl.store(dz + rows.to(tl.int64)[:, None] * width + columns[None, :], d.to(dz.dtype.element_ty), mask=live)
-    at = parts + tl.program_id(0).to(tl.int64) * 2 * width + columns
-    tl.store(at, tl.sum(of_rate, 0), mask=columns < width)
-    tl.store(at + width, tl.sum(of_bias, 0), mask=columns < width)
+    at = tl.program_id(0).to(tl.int64) * width + columns
+    tl.store(parts_of_rate + at, tl.sum(of_rate, 0), mask=columns < width)
+    tl.store(parts_of_bias + at, tl.sum(of_bias, 0), mask=columns < width)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -114,15 +116,25 @@ def _backward(dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: st
     if z.numel() == 0:
         return dz, torch.zeros_like(rate), torch.zeros_like(of_bias)
     rows, dg, cut = _rows(z), _rows(dg), _cut(z, bias, form)
-    blocks, width = triton.cdiv(len(rows), TILES * cut["R"]), rows.shape[1]
-    parts = rate.new_empty(blocks, 2, width, dtype=torch.float32)
+    width, across = rows.shape[1], triton.cdiv(rows.shape[1], cut["BC"])
+    tiles = _tiles_of_a_program(triton.cdiv(len(rows), cut["R"]), across)
+    blocks = triton.cdiv(len(rows), tiles * cut["R"])
+    parts = rate.new_empty(2, blocks, width, dtype=torch.float32)
     with device_of(z):
-        log_decay_backward_kernel[(blocks, triton.cdiv(width, cut["BC"]))](
-            dg, dg.stride(0), rows, rows.stride(0), *_parameters(rate, bias), dz, parts, *rows.shape,
-            TILES=TILES, **cut,
+        log_decay_backward_kernel[(blocks, across)](
+            dg, dg.stride(0), rows, rows.stride(0), *_parameters(rate, bias), dz, *parts, *rows.shape,
+            TILES=tiles, **cut,
         )  # fmt: skip
-    sums = parts.sum(0)
-    return dz, sums[0].to(rate.dtype, copy=True), sums[1].to(of_bias.dtype, copy=True)
+    drate, dbias = map(sum_of_programs, parts)
+    return dz, drate.to(rate.dtype), dbias.to(of_bias.dtype)
+
+
+def _tiles_of_a_program(down: int, across: int) -> int:
+    """A power of two, so that few kernels are compiled: decays of a head are few, and one tile each is best."""
+    tiles = MAX_TILES
+    while tiles > 1 and triton.cdiv(down, tiles) * across < PROGRAMS:
+        tiles //= 2
+    return tiles
 
 
 log_decay = register("triton", _forward, _backward)

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.linear_attention.triton.sums import sum_of_programs
 from glade.ops.parts import gradient_like
 from glade.ops.rms_norm.register import register, register_add
 from glade.ops.rms_norm.triton.kernels import rms_norm_backward_kernel, rms_norm_kernel
@@ -73,7 +74,7 @@ def _run_backward(
             GATE=gate is not None, SILU=gate == "silu", ADD=gate is None and other is not None,
             SPLIT=gate is None and dother is not None, TILES=TILES, **cut,
         )  # fmt: skip
-    return parts.sum(0).to(weight.dtype)
+    return sum_of_programs(parts).to(weight.dtype)
 
 
 def _forward(

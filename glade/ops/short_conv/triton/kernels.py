@@ -247,11 +247,11 @@ def short_conv_backward_kernel(
                 entry = W - 1 - (ends - row)
                 d += stood(dfinal, ended, entry, columns, live & (entry >= 0)[:, None], D, W)
             tl.store(out + done * dx_stride, d.to(dx.dtype.element_ty), mask=live)
-    at = parts + tl.program_id(0).to(tl.int64) * ((W + 1) * D) + columns
+    at = parts + tl.program_id(0).to(tl.int64) * ((W + BIAS) * D)
     for lag in tl.static_range(0, W):
-        tl.store(at + (W - 1 - lag) * D, tl.sum(of_taps[lag], 0), mask=inside)
+        tl.store(at + columns * W + (W - 1 - lag), tl.sum(of_taps[lag], 0), mask=inside)
     if BIAS:
-        tl.store(at + W * D, tl.sum(of_bias, 0), mask=inside)
+        tl.store(at + W * D + columns, tl.sum(of_bias, 0), mask=inside)
 
 
 @triton.jit

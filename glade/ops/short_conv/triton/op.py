@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.linear_attention.triton.sums import sum_of_programs
 from glade.ops.packing import checked_borders, document_ids, once
 from glade.ops.parts import gradient_like
 from glade.ops.short_conv.activation import L2_NORM_EPS, Activation
@@ -133,7 +134,8 @@ def _backward(
     heads = None if state is None else x.new_empty(call.num_documents, W - 1, call.D, dtype=torch.float32)
     state = None if state is None else state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    parts = x.new_empty(grid[0], W + 1, call.D, dtype=torch.float32)
+    # of each program the gradient of the taps [D, W], and of the bias behind it
+    parts = x.new_empty(grid[0], (W + (bias is not None)) * call.D, dtype=torch.float32)
     with device_of(x):
         if x.numel() > 0:
             short_conv_backward_kernel[grid](
@@ -148,9 +150,9 @@ def _backward(
                 heads, taps, dfinal, dstate, call.borders, call.num_tokens, call.D,
                 BD=WIDTH, W=W, FINAL=dfinal is not None, PACKED=cut["PACKED"],
             )  # fmt: skip
-    sums = parts.sum(0)
-    dbias = sums[W].to(weight.dtype if bias is None else bias.dtype, copy=True)
-    return dx, torch.empty_like(taps).copy_(sums[:W].T), dbias, dstate
+    sums = sum_of_programs(parts)
+    dbias = weight.new_empty(call.D) if bias is None else sums[W * call.D :].to(bias.dtype, copy=True)
+    return dx, sums[: W * call.D].view(taps.shape).to(taps.dtype), dbias, dstate
 
 
 short_conv = register("triton", _forward, _backward)

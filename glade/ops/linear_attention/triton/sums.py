@@ -1,0 +1,42 @@
+"""The sum over what programs have left: the last step of a gradient that belongs to all tokens.
+
+Programs cannot add to one number in a fixed order, so each leaves a part and this adds them up, always the same way.
+torch's sum of so few numbers clears counters for its blocks first; here it is one kernel, which waits for nothing.
+"""
+
+# Triton need not be installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glade.ops.linear_attention.triton.launch import device_of
+
+COLUMNS = 8  # of a program: 32 bytes, the least that memory hands out; so there are many programs
+ROWS = 1024  # parts that a program reads at once
+
+
+@triton.jit
+def sum_kernel(parts, sums, num_parts, width, R: tl.constexpr, BC: tl.constexpr):
+    columns = tl.program_id(0) * BC + tl.arange(0, BC)
+    total = tl.zeros([R, BC], tl.float32)
+    for first in tl.range(0, num_parts, R):
+        rows = first + tl.arange(0, R)
+        live = (rows < num_parts)[:, None] & (columns < width)[None, :]
+        total += tl.load(parts + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=live, other=0.0)
+    tl.store(sums + columns, tl.sum(total, 0), mask=columns < width)
+
+
+def sum_of_programs(parts: Tensor) -> Tensor:
+    """The sum over the first axis of parts [programs, ...] fp32, contiguous."""
+    sums = parts.new_empty(parts.shape[1:])
+    if len(parts) == 0:
+        return sums.zero_()
+    if sums.numel() > 0:
+        R = min(ROWS, triton.next_power_of_2(len(parts)))
+        with device_of(parts):
+            sum_kernel[(triton.cdiv(sums.numel(), COLUMNS),)](
+                parts, sums, len(parts), sums.numel(), R=R, BC=COLUMNS, num_warps=8 if R > 256 else 4
+            )
+    return sums
