@@ -117,9 +117,12 @@ def silu(a, SILU: tl.constexpr):
 
 
 @triton.jit
-def row_of(tile, row, end, inside):
-    """A row of each segment, as it lies in memory."""
-    return tl.load(tile, mask=(row < end)[:, None] & inside[None, :], other=0.0)
+def rows_of(tile, stride: tl.constexpr, row, end, inside, NUM: tl.constexpr):
+    """NUM rows of each segment, as they lie in memory, and zeros from `end` on."""
+    rows = ()
+    for i in tl.static_range(0, NUM):
+        rows += (tl.load(tile + i * stride, mask=(row + i < end)[:, None] & inside[None, :], other=0.0),)
+    return rows
 
 
 @triton.jit
@@ -153,19 +156,17 @@ def short_conv_forward_kernel(
             tile = x + first.to(tl.int64)[:, None] * stride + columns[None, :]
             out = y + first.to(tl.int64)[:, None] * D + columns[None, :]
             inputs = inputs_before(tile, stride, state, first, document, start, end, columns, inside, D, W, STATE)
-            read = ()
-            for ahead in tl.static_range(0, AHEAD):
-                read = shifted(row_of(tile + ahead * stride, first + ahead, last, inside), read, ahead + 1)
+            coming = rows_of(tile, stride, first, last, inside, AHEAD)
             for step in tl.range(0, rows_walked(first, last, SEGMENT, WHOLE), AHEAD):
-                near, near_out = tile + step * stride, out + step * D
-                for ahead in tl.static_range(0, AHEAD):
-                    row, inputs = first + step + ahead, shifted(read[AHEAD - 1].to(tl.float32), inputs, W)
-                    read = shifted(row_of(near + (ahead + AHEAD) * stride, row + AHEAD, last, inside), read, AHEAD)
+                near, near_out, read = tile + step * stride, out + step * D, coming
+                coming = rows_of(near + AHEAD * stride, stride, first + step + AHEAD, last, inside, AHEAD)
+                for i in tl.static_range(0, AHEAD):
+                    row, inputs = first + step + i, shifted(read[i].to(tl.float32), inputs, W)
                     z = silu(tap_sums(inputs, taps, shift, W), SILU)
                     if normed:
                         z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
                     live = (row < last)[:, None] & inside[None, :]
-                    tl.store(near_out + ahead * D, z.to(y.dtype.element_ty), mask=live)
+                    tl.store(near_out + i * D, z.to(y.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -222,21 +223,20 @@ def short_conv_backward_kernel(
             for _lag in tl.static_range(0, W):
                 dinputs += (tl.zeros([BS, BD], tl.float32),)
                 of_taps += (tl.zeros([BS, BD], tl.float32),)
-            read, read_dy = (), ()
-            for ahead in tl.static_range(0, AHEAD):
-                read = shifted(row_of(tile + ahead * stride, first + ahead, behind, inside), read, ahead + 1)
-                ahead_dy = row_of(tile_dy + ahead * dy_stride, first + ahead, behind, inside)
-                read_dy = shifted(ahead_dy, read_dy, ahead + 1)
+            read = rows_of(tile, stride, first, behind, inside, AHEAD)
+            read_dy = rows_of(tile_dy, dy_stride, first, behind, inside, AHEAD)
             walked = tl.cdiv(rows_walked(first, last, SEGMENT, WHOLE), AHEAD) * AHEAD
             # first the segments' own rows, then those behind them
             for own in tl.static_range(1, -1, -1):
                 for step in tl.range(0 if own else walked, walked if own else walked + W - 1, AHEAD):
                     near, near_dy, near_out = tile + step * stride, tile_dy + step * dy_stride, out + step * dx_stride
-                    for ahead in tl.static_range(0, AHEAD if own or W > AHEAD else W - 1):
-                        row, inputs = first + step + ahead, shifted(read[AHEAD - 1].to(tl.float32), inputs, W)
-                        d, next_row, at = read_dy[AHEAD - 1].to(tl.float32), row + AHEAD, ahead + AHEAD
-                        read = shifted(row_of(near + at * stride, next_row, behind, inside), read, AHEAD)
-                        read_dy = shifted(row_of(near_dy + at * dy_stride, next_row, behind, inside), read_dy, AHEAD)
+                    for i in tl.static_range(0, AHEAD if own or W > AHEAD else W - 1):
+                        row, inputs = first + step + i, shifted(read[0].to(tl.float32), inputs, W)
+                        d, ahead = read_dy[0].to(tl.float32), i + AHEAD
+                        # one by one: as many at once as in the forward walk would take more registers
+                        read = read[1:] + rows_of(near + ahead * stride, stride, row + AHEAD, behind, inside, 1)
+                        read_dy = read_dy[1:] + rows_of(near_dy + ahead * dy_stride, dy_stride, row + AHEAD, behind,
+                                                        inside, 1)  # fmt: skip
                         da = sums_backward(tap_sums(inputs, taps, shift, W), d, eps, SILU, normed)
                         if own:
                             of_taps = with_products(of_taps, da, inputs, W)
@@ -252,7 +252,7 @@ def short_conv_backward_kernel(
                         if FINAL and W > 1:
                             entry = W - 1 - (end - done)
                             d += stood(dfinal, document, entry, columns, live & (entry >= 0)[:, None], D, W)
-                        tl.store(near_out + ahead * dx_stride, d.to(dx.dtype.element_ty), mask=live)
+                        tl.store(near_out + i * dx_stride, d.to(dx.dtype.element_ty), mask=live)
             part = parts + program.to(tl.int64) * ((W + 1) * D) + columns
             for lag in tl.static_range(0, W):
                 tl.store(part + (W - 1 - lag) * D, tl.sum(of_taps[lag], 0), mask=inside)
