@@ -1,8 +1,9 @@
 """The short convolution on a GPU. A program takes one group of channels of several segments of rows, side by side, and
-walks down them: each step is a row of every segment, and the rows before it are in registers.
+walks down them: each step is a row of every segment, and the rows before it are in registers, as are those of the next
+AHEAD steps, which are asked for before they are needed. A segment lies within one document.
 
-A group is a head where a norm divides it, so that its sum of squares is the program's own. With a_t the sum over taps,
-z = silu(a) and r the inverse norm, y = r z:
+A group is a head where a norm divides it, so that its sum of squares is the program's own; the groups of the first
+NORMED channels are divided. With a_t the sum over taps, z = silu(a) and r the inverse norm, y = r z:
 
     forward     reads x, writes y
     backward    reads x and dy, makes a again and its gradient da, writes dx_t = sum_lag w_lag da_{t + lag} as soon as
@@ -12,8 +13,6 @@ z = silu(a) and r the inverse norm, y = r z:
 and two small kernels for the states at the borders of documents. A state stands before the first token, oldest first:
 the input at distance `lag` before token t of a document is x_{t - lag}, or entry W - 1 + t - lag of the state where
 t < lag. All arithmetic is fp32.
-
-CROSSES says that a segment may hold the border of two documents; else its document is known before the walk.
 """
 
 # Triton need not be installed where there is no GPU
@@ -24,16 +23,31 @@ import triton.language as tl
 
 
 @triton.jit
-def row_documents(rows, num_rows, num_tokens, documents, borders, PACKED: tl.constexpr):
-    """Of each row its document, and the first row and the end of that."""
+def columns_of(group, D: tl.constexpr, WIDTH: tl.constexpr, BD: tl.constexpr):
+    """A group's columns, and which of them are its own and not only there to fill up a power of two."""
+    channels = tl.arange(0, BD)
+    columns = group * WIDTH + channels
+    inside = channels < BD  # all: known when this is compiled
+    if WIDTH < BD or D % WIDTH > 0:
+        inside = (channels < WIDTH) & (columns < D)
+    return columns, inside
+
+
+@triton.jit
+def segments_of(program, num_rows, num_tokens, firsts, documents, borders, BS: tl.constexpr, SEGMENT: tl.constexpr,
+                PACKED: tl.constexpr):  # fmt: skip
+    """Of each segment of a program its first row, its document, and the first row and the end of that. A segment that
+    is there only to fill up the grid begins where its document ends."""
+    segment = program * BS + tl.arange(0, BS)
     if PACKED:
-        document = tl.load(documents + rows, mask=rows < num_rows, other=0)
+        first, document = tl.load(firsts + segment), tl.load(documents + segment)
         start, end = tl.load(borders + document), tl.load(borders + document + 1)
     else:
-        document = rows // num_tokens
+        each = tl.cdiv(num_tokens, SEGMENT)
+        document = segment // each
         start = document * num_tokens
-        end = start + num_tokens
-    return document, start, end
+        first, end = start + segment % each * SEGMENT, tl.minimum(start + num_tokens, num_rows)
+    return first, document, start, end
 
 
 @triton.jit
@@ -54,12 +68,12 @@ def stood(state, document, entry, columns, mask, D: tl.constexpr, W: tl.constexp
 
 
 @triton.jit
-def inputs_before(tile, stride: tl.constexpr, state, row, start, document, num_rows, columns, inside,
+def inputs_before(tile, stride: tl.constexpr, state, row, document, start, end, columns, inside,
                   D: tl.constexpr, W: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
     """The inputs 1 ... W - 1 tokens before each row, and one more that is never read."""
     inputs = ()
     for lag in tl.static_range(1, W):
-        live, here = row < num_rows, row - lag >= start
+        live, here = row < end, row - lag >= start
         value = tl.load(tile - lag * stride, mask=(live & here)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if STATE:
             past = (live & (row - lag < start))[:, None] & inside[None, :]
@@ -70,25 +84,11 @@ def inputs_before(tile, stride: tl.constexpr, state, row, start, document, num_r
 
 
 @triton.jit
-def begun(inputs, state, first, document, columns, inside, D: tl.constexpr, W: tl.constexpr, STATE: tl.constexpr):
-    """`inputs_before` where `first` rows begin a document."""
-    entries = ()
-    for lag in tl.static_range(1, W):
-        past = tl.zeros(inputs[0].shape, tl.float32)
-        if STATE:
-            entry = tl.full(first.shape, W - 1 - lag, tl.int32)
-            past = stood(state, document, entry, columns, first[:, None] & inside[None, :], D, W)
-        entries += (tl.where(first[:, None], past, inputs[lag - 1]),)
-    entries += (inputs[W - 1],)
-    return entries
-
-
-@triton.jit
-def shifted(present, tiles, W: tl.constexpr):
-    """One tile more in front, the last one gone."""
+def shifted(present, tiles, NUM: tl.constexpr):
+    """One of NUM tiles more in front, the last one gone."""
     moved = (present,)
-    for lag in tl.static_range(0, W - 1):
-        moved += (tiles[lag],)
+    for i in tl.static_range(0, NUM - 1):
+        moved += (tiles[i],)
     return moved
 
 
@@ -102,156 +102,162 @@ def tap_sums(inputs, taps, shift, W: tl.constexpr):
 
 
 @triton.jit
-def inverse_norm(z, normed, eps, NORM: tl.constexpr, BT: tl.constexpr):
-    """[rows]: 1 / sqrt(sum z^2 + eps), or 1 where the group is not divided."""
-    inverse = tl.full([BT], 1.0, tl.float32)
-    if NORM:
-        inverse = tl.where(normed, tl.rsqrt(tl.sum(z * z, 1) + eps), inverse)
-    return inverse
+def sigmoid(a):
+    """1 / (1 + exp(-a)), by a root since a division takes many more instructions."""
+    t = 1 + tl.exp2(a * -1.4426950408889634)
+    return tl.rsqrt(t * t)
 
 
 @triton.jit
 def silu(a, SILU: tl.constexpr):
     z = a
     if SILU:
-        z = a * tl.sigmoid(a)
+        z = a * sigmoid(a)
     return z
 
 
 @triton.jit
-def short_conv_forward_kernel(
-    x, stride: tl.constexpr, weight, bias, state, y, documents, borders, num_rows, num_tokens,
-    D: tl.constexpr, num_unit, eps,
-    WIDTH: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
-    SEGMENT: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, CROSSES: tl.constexpr,
-):  # fmt: skip
-    first, group = tl.program_id(0) * BS * SEGMENT, tl.program_id(1)
-    segments, channels = tl.arange(0, BS) * SEGMENT, tl.arange(0, BD)
-    columns = group * WIDTH + channels
-    inside = (channels < WIDTH) & (columns < D)
-    taps, shift = taps_of(weight, columns, inside, W), 0.0
-    if BIAS:
-        shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tile = x + first.to(tl.int64) * stride + segments[:, None] * stride + columns[None, :]
-    out = y + first.to(tl.int64) * D + segments[:, None] * D + columns[None, :]
-    document, start, _ = row_documents(first + segments, num_rows, num_tokens, documents, borders, PACKED)
-    inputs = inputs_before(tile, stride, state, first + segments, start, document, num_rows, columns, inside,
-                           D, W, STATE)  # fmt: skip
-    for step in tl.range(0, SEGMENT, AHEAD):
-        read = ()
-        for ahead in tl.static_range(0, AHEAD):
-            live = (first + segments + step + ahead < num_rows)[:, None] & inside[None, :]
-            read += (tl.load(tile + (step + ahead) * stride, mask=live, other=0.0),)
-        for ahead in tl.static_range(0, AHEAD):
-            row = first + segments + step + ahead
-            if CROSSES:
-                document, start, _ = row_documents(row, num_rows, num_tokens, documents, borders, PACKED)
-                begins = (row == start) & (row < num_rows)
-                inputs = begun(inputs, state, begins, document, columns, inside, D, W, STATE)
-            inputs = shifted(read[ahead].to(tl.float32), inputs, W)
-            z = silu(tap_sums(inputs, taps, shift, W), SILU)
-            z *= inverse_norm(z, group * WIDTH < num_unit, eps, NORM, BS)[:, None]
-            live = (row < num_rows)[:, None] & inside[None, :]
-            tl.store(out + (step + ahead) * D, z.to(y.dtype.element_ty), mask=live)
+def rows_of(tile, stride: tl.constexpr, row, end, inside, NUM: tl.constexpr):
+    """NUM rows of each segment, as they lie in memory, and zeros from `end` on."""
+    rows = ()
+    for i in tl.static_range(0, NUM):
+        rows += (tl.load(tile + i * stride, mask=(row + i < end)[:, None] & inside[None, :], other=0.0),)
+    return rows
 
 
 @triton.jit
-def sums_backward(a, dy, normed, eps, SILU: tl.constexpr, NORM: tl.constexpr, BS: tl.constexpr):
+def rows_walked(first, last, SEGMENT: tl.constexpr, WHOLE: tl.constexpr):
+    """The most rows of a segment."""
+    walked = SEGMENT
+    if not WHOLE:
+        walked = tl.max(last - first, 0)
+    return walked
+
+
+@triton.jit
+def short_conv_forward_kernel(
+    x, stride: tl.constexpr, weight, bias, state, y, firsts, documents, borders, num_rows, num_tokens,
+    D: tl.constexpr, NORMED: tl.constexpr, eps,
+    WIDTH: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
+    SEGMENT: tl.constexpr, WHOLE: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
+    STATE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    program, group = tl.program_id(0) // tl.cdiv(D, WIDTH), tl.program_id(0) % tl.cdiv(D, WIDTH)
+    columns, inside = columns_of(group, D, WIDTH, BD)
+    # the two walks in turn, each known to be with a norm or without
+    for normed in tl.static_range(NORMED >= D, 1 + (NORMED > 0)):
+        if (group * WIDTH < NORMED) == normed:
+            taps, shift = taps_of(weight, columns, inside, W), 0.0
+            if BIAS:
+                shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            first, document, start, end = segments_of(program, num_rows, num_tokens, firsts, documents, borders,
+                                                      BS, SEGMENT, PACKED)  # fmt: skip
+            last = tl.minimum(first + SEGMENT, end)
+            tile = x + first.to(tl.int64)[:, None] * stride + columns[None, :]
+            out = y + first.to(tl.int64)[:, None] * D + columns[None, :]
+            inputs = inputs_before(tile, stride, state, first, document, start, end, columns, inside, D, W, STATE)
+            coming = rows_of(tile, stride, first, last, inside, AHEAD)
+            for step in tl.range(0, rows_walked(first, last, SEGMENT, WHOLE), AHEAD):
+                near, near_out, read = tile + step * stride, out + step * D, coming
+                coming = rows_of(near + AHEAD * stride, stride, first + step + AHEAD, last, inside, AHEAD)
+                for i in tl.static_range(0, AHEAD):
+                    row, inputs = first + step + i, shifted(read[i].to(tl.float32), inputs, W)
+                    z = silu(tap_sums(inputs, taps, shift, W), SILU)
+                    if normed:
+                        z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
+                    live = (row < last)[:, None] & inside[None, :]
+                    tl.store(near_out + i * D, z.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def sums_backward(a, dy, eps, SILU: tl.constexpr, NORM: tl.constexpr):
     """[rows, columns]: da."""
-    d = dy
-    if NORM:
-        z = silu(a, SILU)
-        inverse = inverse_norm(z, normed, eps, NORM, BS)[:, None]
-        unit = z * inverse
-        along = tl.where(normed, tl.sum(d * unit, 1), 0.0)
-        d = inverse * (d - unit * along[:, None])
+    z, s, d = a, 1.0, dy
     if SILU:
-        s = tl.sigmoid(a)
-        d *= s * (1 + a * (1 - s))
+        s = sigmoid(a)
+        z = a * s
+    if NORM:
+        # both sums at once, neither waits for the other
+        inverse, along = tl.rsqrt(tl.sum(z * z, 1) + eps), tl.sum(dy * z, 1)
+        d = inverse[:, None] * (dy - (along * inverse * inverse)[:, None] * z)
+    if SILU:
+        d *= s + z * (1 - s)
     return d
 
 
 @triton.jit
-def given_back(dinputs, da, taps, since, W: tl.constexpr, CROSSES: tl.constexpr):
-    """The gradients of the inputs 0 ... W - 1 tokens before each row, those of this row's da among them."""
-    grown = (taps[0] * da,)
-    for lag in tl.static_range(1, W):
-        more = taps[lag] * da
-        if CROSSES:
-            more = tl.where((since >= lag)[:, None], more, 0.0)
-        grown += (dinputs[lag - 1] + more,)
+def with_products(sums, d, tiles, NUM: tl.constexpr):
+    """Of NUM sums each with d times its tile added."""
+    grown = ()
+    for i in tl.static_range(0, NUM):
+        grown += (sums[i] + d * tiles[i],)
     return grown
 
 
 @triton.jit
 def short_conv_backward_kernel(
     dy, dy_stride: tl.constexpr, x, stride: tl.constexpr, weight, bias, state, dfinal, dx, dx_stride: tl.constexpr,
-    heads, parts, documents, borders, num_rows, num_tokens, D: tl.constexpr, num_unit, eps,
+    heads, parts, firsts, documents, borders, num_rows, num_tokens, D: tl.constexpr, NORMED: tl.constexpr, eps,
     WIDTH: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
-    SEGMENT: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    STATE: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr, CROSSES: tl.constexpr,
+    SEGMENT: tl.constexpr, WHOLE: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
+    STATE: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """`heads` [documents, W - 1, D] takes da of each document's first rows, which its state has a share in."""
-    first, group = tl.program_id(0) * BS * SEGMENT, tl.program_id(1)
-    segments, channels = tl.arange(0, BS) * SEGMENT, tl.arange(0, BD)
-    columns = group * WIDTH + channels
-    inside = (channels < WIDTH) & (columns < D)
-    normed = group * WIDTH < num_unit
-    taps, shift = taps_of(weight, columns, inside, W), 0.0
-    if BIAS:
-        shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tile = x + first.to(tl.int64) * stride + segments[:, None] * stride + columns[None, :]
-    tile_dy = dy + first.to(tl.int64) * dy_stride + segments[:, None] * dy_stride + columns[None, :]
-    out = dx + first.to(tl.int64) * dx_stride + segments[:, None] * dx_stride + columns[None, :]
-    document, start, _ = row_documents(first + segments, num_rows, num_tokens, documents, borders, PACKED)
-    inputs = inputs_before(tile, stride, state, first + segments, start, document, num_rows, columns, inside,
-                           D, W, STATE)  # fmt: skip
-    dinputs, of_taps, of_bias = (), (), tl.zeros([BS, BD], tl.float32)
-    for _lag in tl.static_range(0, W):
-        dinputs += (tl.zeros([BS, BD], tl.float32),)
-        of_taps += (tl.zeros([BS, BD], tl.float32),)
-    _, _, end = row_documents(first + segments + SEGMENT - 1, num_rows, num_tokens, documents, borders, PACKED)
-    for step in tl.range(0, (SEGMENT + W - 1 + AHEAD - 1) // AHEAD * AHEAD, AHEAD):
-        read, read_dy = (), ()
-        for ahead in tl.static_range(0, AHEAD):
-            row, own = first + segments + step + ahead, step + ahead < SEGMENT
-            live = ((row < num_rows) & (own | (row < end)))[:, None] & inside[None, :]
-            read += (tl.load(tile + (step + ahead) * stride, mask=live, other=0.0),)
-            read_dy += (tl.load(tile_dy + (step + ahead) * dy_stride, mask=live, other=0.0),)
-        for ahead in tl.static_range(0, AHEAD):
-            row, own = first + segments + step + ahead, step + ahead < SEGMENT
-            if CROSSES:
-                document, start, _ = row_documents(row, num_rows, num_tokens, documents, borders, PACKED)
-                begins = (row == start) & (row < num_rows)
-                inputs = begun(inputs, state, begins, document, columns, inside, D, W, STATE)
-            inputs = shifted(read[ahead].to(tl.float32), inputs, W)
-            a = tap_sums(inputs, taps, shift, W)
-            da = sums_backward(a, read_dy[ahead].to(tl.float32), normed, eps, SILU, NORM, BS)
-            of_own = tl.where(own, da, 0.0)
-            grown = ()
-            for lag in tl.static_range(0, W):
-                grown += (of_taps[lag] + of_own * inputs[lag],)
-            of_taps = grown
+    program, group = tl.program_id(0) // tl.cdiv(D, WIDTH), tl.program_id(0) % tl.cdiv(D, WIDTH)
+    columns, inside = columns_of(group, D, WIDTH, BD)
+    # the two walks in turn, each known to be with a norm or without
+    for normed in tl.static_range(NORMED >= D, 1 + (NORMED > 0)):
+        if (group * WIDTH < NORMED) == normed:
+            taps, shift = taps_of(weight, columns, inside, W), 0.0
             if BIAS:
-                of_bias += of_own
-            if STATE and W > 1:
-                head = (own & (row < num_rows) & (row - start < W - 1))[:, None] & inside[None, :]
-                at = document.to(tl.int64) * (W - 1) + row - start
-                tl.store(heads + at[:, None] * D + columns[None, :], da, mask=head)
-            dinputs = given_back(dinputs, da, taps, row - start, W, CROSSES)
-            d, row, done = dinputs[W - 1], row - (W - 1), step + ahead - (W - 1)
-            live = ((row < num_rows) & (done >= 0) & (done < SEGMENT))[:, None] & inside[None, :]
-            if FINAL and W > 1:
-                ended, _, ends = row_documents(tl.maximum(row, 0), num_rows, num_tokens, documents, borders, PACKED)
-                entry = W - 1 - (ends - row)
-                d += stood(dfinal, ended, entry, columns, live & (entry >= 0)[:, None], D, W)
-            tl.store(out + done * dx_stride, d.to(dx.dtype.element_ty), mask=live)
-    at = parts + tl.program_id(0).to(tl.int64) * ((W + BIAS) * D)
-    for lag in tl.static_range(0, W):
-        tl.store(at + columns * W + (W - 1 - lag), tl.sum(of_taps[lag], 0), mask=inside)
-    if BIAS:
-        tl.store(at + W * D + columns, tl.sum(of_bias, 0), mask=inside)
+                shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            first, document, start, end = segments_of(program, num_rows, num_tokens, firsts, documents, borders,
+                                                      BS, SEGMENT, PACKED)  # fmt: skip
+            last, behind = tl.minimum(first + SEGMENT, end), tl.minimum(first + SEGMENT + W - 1, end)
+            tile = x + first.to(tl.int64)[:, None] * stride + columns[None, :]
+            tile_dy = dy + first.to(tl.int64)[:, None] * dy_stride + columns[None, :]
+            out = dx + (first.to(tl.int64) - (W - 1))[:, None] * dx_stride + columns[None, :]
+            inputs = inputs_before(tile, stride, state, first, document, start, end, columns, inside, D, W, STATE)
+            # gradients of the inputs 0 ... W - 1 tokens before each row, of the taps, and of the bias
+            dinputs, of_taps, of_bias = (), (), tl.zeros([BS, BD], tl.float32)
+            for _lag in tl.static_range(0, W):
+                dinputs += (tl.zeros([BS, BD], tl.float32),)
+                of_taps += (tl.zeros([BS, BD], tl.float32),)
+            read = rows_of(tile, stride, first, behind, inside, AHEAD)
+            read_dy = rows_of(tile_dy, dy_stride, first, behind, inside, AHEAD)
+            walked = tl.cdiv(rows_walked(first, last, SEGMENT, WHOLE), AHEAD) * AHEAD
+            # first the segments' own rows, then those behind them
+            for own in tl.static_range(1, -1, -1):
+                for step in tl.range(0 if own else walked, walked if own else walked + W - 1, AHEAD):
+                    near, near_dy, near_out = tile + step * stride, tile_dy + step * dy_stride, out + step * dx_stride
+                    for i in tl.static_range(0, AHEAD if own or W > AHEAD else W - 1):
+                        row, inputs = first + step + i, shifted(read[0].to(tl.float32), inputs, W)
+                        d, ahead = read_dy[0].to(tl.float32), i + AHEAD
+                        # one by one: as many at once as in the forward walk would take more registers
+                        read = read[1:] + rows_of(near + ahead * stride, stride, row + AHEAD, behind, inside, 1)
+                        read_dy = read_dy[1:] + rows_of(near_dy + ahead * dy_stride, dy_stride, row + AHEAD, behind,
+                                                        inside, 1)  # fmt: skip
+                        da = sums_backward(tap_sums(inputs, taps, shift, W), d, eps, SILU, normed)
+                        if own:
+                            of_taps = with_products(of_taps, da, inputs, W)
+                            if BIAS:
+                                of_bias += da
+                            if STATE and W > 1:
+                                head = ((row < last) & (row - start < W - 1))[:, None] & inside[None, :]
+                                entry = document.to(tl.int64) * (W - 1) + row - start
+                                tl.store(heads + entry[:, None] * D + columns[None, :], da, mask=head)
+                        dinputs = with_products(shifted(0.0, dinputs, W), da, taps, W)
+                        d, done = dinputs[W - 1], row - (W - 1)
+                        live = ((done >= first) & (done < last))[:, None] & inside[None, :]
+                        if FINAL and W > 1:
+                            entry = W - 1 - (end - done)
+                            d += stood(dfinal, document, entry, columns, live & (entry >= 0)[:, None], D, W)
+                        tl.store(near_out + i * dx_stride, d.to(dx.dtype.element_ty), mask=live)
+            part = parts + program.to(tl.int64) * ((W + BIAS) * D)
+            for lag in tl.static_range(0, W):
+                tl.store(part + columns * W + (W - 1 - lag), tl.sum(of_taps[lag], 0), mask=inside)
+            if BIAS:
+                tl.store(part + W * D + columns, tl.sum(of_bias, 0), mask=inside)
 
 
 @triton.jit
