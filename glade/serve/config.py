@@ -24,7 +24,7 @@ class ServeSettings:
     max_batch: int = setting(64, "requests decoded together, a model")
     max_waiting: int = setting(256, "requests that may wait, a model; one more is told to come back (429)")
     prefill_tokens: int | None = setting(
-        None, "prompt tokens read between two steps of the others; none: 2,048, and 8,192 on a GPU"
+        None, "prompt tokens read between two steps of the others; none: 2,048, and 16,384 on a GPU"
     )
     cache_bytes: int = setting(256 * 2**20, "states kept of prompts already read, a model; 0 keeps none")
     max_body_bytes: int = setting(4 * 2**20, "longest request")

@@ -405,6 +405,7 @@ def check_segments():
     check_interpreted(CORNERS["gdn"], long, segments=3, gate="saturated", given_state=False)
     rule.LEAST_CHUNKS = rule.LEAST_SEGMENTS = 1
     check_interpreted(CORNERS["gdn"], Shape(B=2, T=71, H=1, HV=1, K=40, V=80), segments=6)
+    check_interpreted(CORNERS["gdn"], Shape(B=1, T=71, H=1, HV=1, K=136, V=16), segments=3)
     check_interpreted(Corner("scalar", "scalar", "vector"), documents, cu_seqlens, segments=10, gate="extreme")
     for name in ("scalar-decay", "gla", "gdn2"):
         check_interpreted(CORNERS[name], documents, cu_seqlens, segments=10, gate="extreme")

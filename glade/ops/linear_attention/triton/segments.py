@@ -21,6 +21,19 @@ SCANNED_BLOCK = 16  # value channels of a program of the scan: the fewest that a
 
 
 @triton.jit
+def matrix_blocks(M, dims, first, NUM: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, REVERSE: tl.constexpr):
+    """NUM blocks of BK rows of M, or REVERSE of its transpose, from row `first` on."""
+    blocks = ()
+    for block in tl.static_range(0, NUM):
+        summed = first + block * BK + tl.arange(0, BK)
+        if REVERSE:
+            blocks += (tl.trans(tl.load(M + dims[:, None] * KP + summed[None, :])),)
+        else:
+            blocks += (tl.load(M + summed[:, None] * KP + dims[None, :]),)
+    return blocks
+
+
+@triton.jit
 def scan_segments_kernel(
     M, N, given, states, last,
     segments_a_row, firsts,
@@ -50,23 +63,27 @@ def scan_segments_kernel(
     for step in tl.range(0, end - first, num_stages=1):
         segment = tl.zeros([], tl.int64) + (end - 1 - step if REVERSE else first + step)
         tile = segment * HV + head
-        tl.store(states + tile * K * V + state_at, S, mask=in_state)
         made = tl.load(N + tile * VP * KP + columns[:, None] * KP + dims[None, :])
         if MATRIX:
-            # a product's left side by blocks of its channels, which registers cannot be cut into: from memory
+            # A product's left side by blocks of its channels, which registers cannot be cut into: from memory. As many
+            # right sides as registers hold are on their way before, or each product would wait for its own.
+            NUM: tl.constexpr = min(4, KP // BK)
+            blocks = matrix_blocks(M + tile * KP * KP, dims, 0, NUM, KP, BK, REVERSE)
+            tl.store(states + tile * K * V + state_at, S, mask=in_state)
             tl.debug_barrier()
+            parts = ()
             for block in tl.static_range(0, KP // BK):
                 summed = block * BK + tl.arange(0, BK)
                 inside = (columns < V)[:, None] & (summed < K)[None, :]
                 part_at = columns[:, None] + summed[None, :] * V
-                part = tl.load(states + tile * K * V + part_at, mask=inside, other=0.0)
-                if REVERSE:
-                    matrix = tl.trans(tl.load(M + tile * KP * KP + dims[:, None] * KP + summed[None, :]))
-                else:
-                    matrix = tl.load(M + tile * KP * KP + summed[:, None] * KP + dims[None, :])
-                made = tl.dot(part, matrix, made, input_precision=PRECISION)
+                parts += (tl.load(states + tile * K * V + part_at, mask=inside, other=0.0),)
+            for block in tl.static_range(0, KP // BK):
+                if block > 0 and block % NUM == 0:
+                    blocks = matrix_blocks(M + tile * KP * KP, dims, block * BK, NUM, KP, BK, REVERSE)
+                made = tl.dot(parts[block], blocks[block % NUM], made, input_precision=PRECISION)
             S = made
         else:
+            tl.store(states + tile * K * V + state_at, S, mask=in_state)
             S = made + S * tl.load(M + tile * KP + dims)[None, :]
     if last is not None:
         tl.store(last + of_sequence + state_at, S, mask=in_state)
@@ -95,6 +112,6 @@ def scan_segments(call: Call, segments: Segments, M: Tensor, N: Tensor, given, l
         *constants(call.HV, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=SCANNED_BLOCK, BK=min(call.KP, 32),
         MATRIX=call.erase > 0, REVERSE=reverse, PRECISION=WIDE.precision,
-        num_warps=max(4, call.KP // 32),
+        num_warps=8 if call.KP > 64 else 4,
     )  # fmt: skip
     return states

@@ -23,8 +23,8 @@ from glade.ops.short_conv.triton.kernels import (
     step_kernel,
 )
 
-TILE = 512  # elements of a step: a row of each segment of a program
-NUM_WARPS = 4  # that share them; with more elements a thread, registers leave room for few warps
+TILE = 128  # elements of a step: a row of each segment of a program
+NUM_WARPS = 1  # that share them: none waits for another; with more elements a thread, there is room for fewer
 WIDTH = 128  # channels of a group where no norm asks for a head
 SEGMENTS = (64, 32, 16)  # rows that a program walks down
 PROGRAMS = 1024  # that a GPU should have at least, or segments are shorter
