@@ -61,7 +61,7 @@ class Engine:
         max_batch:      sequences that run at once; the table of states has a row for each
         max_waiting:    requests that may wait for a slot; beyond, `submit` raises `Busy`
         prefill_tokens: most tokens of prompts read in a step, and the distance of the snapshots taken of a long prompt;
-            None is 2,048, and 16,384 on a GPU, whose kernels for long sequences need that many to be as fast as in training
+            None is 2,048, and 16,384 on a GPU, which takes that many to be as fast as in training
         cache_bytes:    bound of the prefix cache; 0 keeps nothing
         max_state_bytes: bound of the keys and values of full attention, all rows together (on a GPU there is a spare
             one); it decides the longest sequence that is taken in. Other layers do not grow

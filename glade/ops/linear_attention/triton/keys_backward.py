@@ -185,7 +185,11 @@ def keys_backward_kernel(
         if ERASE != NONE:
             per_row += gate * wide_k * e_sum
         if GATE == VECTOR:
-            gradient = tl.cumsum(per_row, 1, reverse=True) + onward[:, None]
+            # the sum from each row on, as products with zeros and ones: a scan would pass numbers from thread to thread
+            from_here = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DTYPE)
+            high, rest = split_logs(per_row, DTYPE)
+            gradient = tl.dot(rest, from_here, input_precision=PRECISION) + onward[:, None]
+            gradient = tl.dot(high, from_here, gradient, input_precision=PRECISION)
             tl.store(dg + at, gradient.to(dg.dtype.element_ty), mask=inside)
         else:
             gradient = tl.cumsum(tl.sum(per_row, 0), 0, reverse=True) + tl.sum(onward, 0)
