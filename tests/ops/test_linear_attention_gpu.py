@@ -366,6 +366,7 @@ def in_the_interpreter():
     check_interpreted(CORNERS["gdn"], packed, cu_seqlens)
     check_segments()
     check_gradients_beside_each_other()
+    check_recomputed_gradients_lie_where_they_belong()
 
 
 def check_gradients_beside_each_other():
@@ -373,8 +374,8 @@ def check_gradients_beside_each_other():
     from glade.ops import parts
 
     parts.serves = lambda x: x.requires_grad
-    same_place, places = parts._same_place, []
-    parts._same_place = lambda x, y: places.append(same_place(x, y)) or places[-1]
+    same_place, places = parts.same_place, []
+    parts.same_place = lambda x, y: places.append(same_place(x, y)) or places[-1]
     cu_seqlens = borders(3, 0, 37, 1, device="cpu")
     cases = [("scalar", "gdn", None), ("scalar", "linear", cu_seqlens), ("op", "gdn2", None), ("op", "gla", cu_seqlens)]
     for backend, corner, packed in cases:
@@ -390,6 +391,29 @@ def check_gradients_beside_each_other():
             gradients += torch.autograd.grad(loss, joint)
         assert torch.equal(*gradients), corner
     assert len(places) == 3 * len(cases) and all(places)
+
+
+def check_recomputed_gradients_lie_where_they_belong():
+    """Recomputing for a fourth of the heads at a time, the kernels write into the gradients of all heads."""
+    from glade.ops.linear_attention import recomputing
+    from glade.ops.linear_attention import register as rule
+
+    rule.MANY_BYTES = 0
+    same_place, cu_seqlens = rule.same_place, borders(3, 0, 37, 1, device="cpu")
+    for backend, corner, packed in (("scalar", "gdn", None), ("op", "gla", cu_seqlens)):
+        places = []
+        rule.same_place = lambda x, y, places=places: places.append(same_place(x, y)) or places[-1]
+        shape = Shape(2 if packed is None else 1, 41, 4, 4, 24, 40)
+        inputs = make_inputs(CORNERS[corner], shape, cu_seqlens=packed)
+        leaves = {name: x.requires_grad_() for name, x in inputs.items() if x is not None}
+        found = []
+        for on in (False, True):
+            with recomputing(on):
+                o, state = linear_attention(**leaves, cu_seqlens=packed, backend=backend)
+            loss = (o * torch.linspace(0, 1, o.numel()).view_as(o)).sum() + state.sum()
+            found.append(torch.autograd.grad(loss, list(leaves.values())))
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True)), corner
+        assert [sum(places[i : i + 3]) for i in range(0, len(places), len(leaves))] == [3] * 4, places
 
 
 def check_segments():

@@ -30,7 +30,7 @@ def _on_the_cpu_too(monkeypatch) -> None:
 def copies(monkeypatch) -> list[int]:
     """A list that grows by one for each slice that was copied in."""
     seen: list[int] = []
-    same_place = parts._same_place
+    same_place = parts.same_place
 
     def counted(x, y):
         if not same_place(x, y):
@@ -38,7 +38,7 @@ def copies(monkeypatch) -> list[int]:
             return False
         return True
 
-    monkeypatch.setattr(parts, "_same_place", counted)
+    monkeypatch.setattr(parts, "same_place", counted)
     return seen
 
 

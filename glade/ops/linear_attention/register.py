@@ -12,12 +12,13 @@ there are many tokens: what it needs, and what it computes on the way, is then t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from glade.ops.linear_attention.contract import final_like
+from glade.ops.parts import gradient_like, gradients_in, same_place
 from glade.ops.register import differentiable
 
 Run = Callable[..., tuple[Tensor, Tensor]]
@@ -156,18 +157,23 @@ def _by_heads(
     if groups == 1:
         return backward(do, d_final, q, k, v, *others)
     inputs = [q, k, v, *others]
+    traced = any(type(x) is not Tensor for x in (q, k, v))
     axes = [2] * (len(inputs) - 1) + [1]  # that of heads
 
     def group(i: int, x: Tensor | None, axis: int) -> Tensor | None:
         return None if x is None else x.chunk(groups, axis)[i]
 
-    whole = [None if x is None else _like(x) for x in inputs]
+    like = [_like if traced else gradient_like] * 3 + [_like] * len(others)
+    whole = [None if x is None else empty(x) for x, empty in zip(inputs, like, strict=True)]
     for i in range(groups):
         some = [group(i, x, axis) for x, axis in zip(inputs, axes, strict=True)]
-        found = backward(group(i, do, 2), group(i, d_final, 1), *some)
-        there = (group(i, x, axis) for x, axis in zip(whole, axes, strict=True))
+        there = [group(i, x, axis) for x, axis in zip(whole, axes, strict=True)]
+        of_qkv = ((x, y) for x, y in zip(some[:3], there[:3], strict=True) if x is not None and y is not None)
+        with nullcontext() if traced else gradients_in(of_qkv):
+            found = backward(group(i, do, 2), group(i, d_final, 1), *some)
         for x, gradient in zip((x for x in there if x is not None), found, strict=True):
-            x.copy_(gradient)
+            if traced or not same_place(x, gradient):
+                x.copy_(gradient)
         del found, gradient, some  # before the next group needs as much
     return [x for x in whole if x is not None]
 
