@@ -10,7 +10,8 @@ Random weights, no checkpoint; logits with a standard deviation of 4. Percentile
     engine   one step of the engine, everything included: the forward, the sampling of each row by its own rules, the
              copy to the host, the listeners. Steps in which all rows decode and nobody's prompt is read
     step     the decode step alone, greedy, a token on the device into the next: on a GPU replays of its graph
-    profile  the same on a GPU, kernel by kernel (printed, no row)
+    fla      `step` in turns with flash-linear-attention's model of 24 layers of 1,024 through its own cache, on a GPU
+    profile  `step` on a GPU, kernel by kernel (printed, no row)
     prefill  a text of `--long` tokens: read as the engine reads it, in pieces, beside one training forward
     seen     the engine's time to the first token of a prompt of 30,000 ids that it has read before, and of a fresh one
     flat     memory while `--tokens` tokens are generated, by requests of 200 each
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -177,6 +179,42 @@ def stepper(model: LanguageModel, batch: int, *, overlap: bool = True) -> tuple[
     return lambda: graphs.run("step", tensors, advance), state
 
 
+def beside_fla(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
+    for batch in args.batches:
+        (run, state), peer = stepper(model, batch), fla_stepper(args, mixer, batch)
+        ours, theirs = [], []
+        for _ in range(2 + args.steps):
+            ours.append(1e2 * seconds(args.device, lambda run=run: [run() for _ in range(10)]))
+            theirs.append(1e3 / 3 * seconds(args.device, lambda peer=peer: [peer() for _ in range(3)]))
+        report(args, model, mixer, "step, in turns with fla", ours[2:], batch, state.nbytes, sampling="greedy")
+        name = f"fla {version('flash-linear-attention')}"
+        report(args, model, mixer, "step", theirs[2:], batch, 0, sampling="greedy", path=name)
+
+
+def fla_stepper(args: argparse.Namespace, mixer: str, batch: int) -> Callable[[], object]:
+    """As `stepper`, after a prompt; its head is not tied to its embedding, which a step does not read."""
+    if not args.device.startswith("cuda") or (args.dim, args.vocab) != (1024, 32_000):
+        raise SystemExit("--parts fla needs --device cuda, --dim 1024 and --vocab 32000: its models are built so")
+    from train_gpu import fla_model
+
+    shape = argparse.Namespace(layers=args.layers, tokens=4096, device=args.device, lift_refusal=False)
+    with torch.device(args.device):
+        model, _ = fla_model(mixer, shape)
+    model = model.to(torch.bfloat16).eval()
+    with torch.no_grad():
+        answer = model(
+            input_ids=torch.ones(batch, max(1, args.prompt), dtype=torch.long).to(args.device), use_cache=True
+        )
+    given = [answer.logits[:, -1:].argmax(-1), answer.past_key_values]
+
+    @torch.no_grad()
+    def step() -> None:
+        answer = model(input_ids=given[0], past_key_values=given[1], use_cache=True)
+        given[:] = [answer.logits[:, -1:].argmax(-1), answer.past_key_values]
+
+    return step
+
+
 def seconds(device: str, work: Callable[[], object]) -> float:
     """Of one call, the device's work included."""
     start = time.perf_counter()
@@ -264,8 +302,9 @@ def report(
     sampling: str = "",
     prompt: int = 0,
     tokens: int | None = None,
+    path: str | None = None,
 ) -> None:
-    """One row: `times` in ms, each of which made `tokens` tokens (a batch)."""
+    """One row: `times` in ms, each of which made `tokens` tokens (a batch), by a step's path or another one."""
     median, tokens = statistics.median(times), tokens or batch
     deciles = statistics.quantiles(times, n=10) if len(times) > 1 else times
     cuda = args.device.startswith("cuda")
@@ -278,7 +317,7 @@ def report(
         "device": torch.cuda.get_device_name() if cuda else processor(),
         "threads": args.threads,
         "versions": f"torch {torch.__version__}, python {platform.python_version()}",
-        "path": step.path,
+        "path": path or step.path,
         "sampling": sampling,
         "batch": batch,
         "prompt_tokens": prompt,
@@ -352,6 +391,7 @@ def processor() -> str:
 PARTS: dict[str, Callable[[argparse.Namespace, LanguageModel, str], None]] = {
     "engine": engine_steps,
     "step": step_alone,
+    "fla": beside_fla,
     "profile": profile,
     "prefill": prefill,
     "seen": seen,
