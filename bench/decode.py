@@ -201,10 +201,9 @@ def fla_stepper(args: argparse.Namespace, mixer: str, batch: int) -> Callable[[]
     with torch.device(args.device):
         model, _ = fla_model(mixer, shape)
     model = model.to(torch.bfloat16).eval()
+    prompt = torch.ones(batch, max(1, args.prompt), dtype=torch.long, device=args.device)
     with torch.no_grad():
-        answer = model(
-            input_ids=torch.ones(batch, max(1, args.prompt), dtype=torch.long).to(args.device), use_cache=True
-        )
+        answer = model(input_ids=prompt, use_cache=True)
     given = [answer.logits[:, -1:].argmax(-1), answer.past_key_values]
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ nevertheless, as "fla, refusal lifted".
 import argparse
 import csv
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -168,11 +169,15 @@ class Case(NamedTuple):
     @classmethod
     def of(cls, text: str) -> "Case":
         """`16x2048`, or `1x32768/256`."""
-        shape, _, documents = text.partition("/")
-        B, T = map(int, shape.split("x"))
-        if documents and B != 1:
-            raise SystemExit(f"--shapes {text}: packed documents lie in one row, as in 1x{B * T}/{documents}")
-        return cls(B, T, int(documents or 0))
+        found = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is not batch x tokens, as in 16x2048 or packed 1x32768/256")
+        B, T, documents = (int(number or 0) for number in found.groups())
+        if documents and (B != 1 or documents > T):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: documents are packed in one row and have a token at least, as in 1x{max(B, 1) * T}/{B}"
+            )
+        return cls(B, T, documents)
 
     def cu_seqlens(self) -> Tensor | None:
         if not self.documents:
@@ -283,7 +288,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corners", nargs="+", default=list(CORNERS), choices=list(CORNERS))
     parser.add_argument(
-        "--shapes", nargs="*", default=["16x2048", "4x8192", "1x32768"], help="batch x tokens, and / documents packed"
+        "--shapes",
+        nargs="*",
+        type=Case.of,
+        default=[Case(16, 2048, 0), Case(4, 8192, 0), Case(1, 32768, 0)],
+        help="batch x tokens, and / documents packed; default: 16x2048 4x8192 1x32768",
     )
     parser.add_argument("--heads", default="16x128x128", help="heads x K x V")
     parser.add_argument("--repeats", type=int, default=50)
@@ -303,8 +312,8 @@ def main() -> None:
     for corner in arguments.corners:
         for provider in arguments.cold:
             tell([cold_row(corner, provider, (H, K, V))], arguments.out)
-        for shape in arguments.shapes:
-            rows = rows_of(corner, Case.of(shape), (H, K, V), bandwidth, arguments.repeats, arguments.lift_refusal)
+        for case in arguments.shapes:
+            rows = rows_of(corner, case, (H, K, V), bandwidth, arguments.repeats, arguments.lift_refusal)
             tell(rows, arguments.out)
 
 

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from glade.model.ffn import SwiGLU
 from glade.model.lm import LanguageModel
+from glade.model.mixer import Mixer
 
 
 def cast_weights(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def _groups(model: LanguageModel) -> Iterator[list[nn.Linear]]:
     """The maps to cast: those that are joined together, every other one alone."""
     found: set[Tensor] = set()
     for block in model.blocks():
-        joined = [block.mixer.joined_maps(), block.ffn.joined_maps() if isinstance(block.ffn, SwiGLU) else ()]
+        joined = [m.joined_maps() for m in block.modules() if isinstance(m, Mixer | SwiGLU)]
         alone = ((m,) for m in block.modules() if type(m) is nn.Linear)
         for maps in chain(joined, alone):
             group = [m for m in maps if _is_cast(m) and m.weight not in found]

@@ -51,13 +51,15 @@ def segments_of(program, num_rows, num_tokens, firsts, documents, borders, BS: t
 
 
 @triton.jit
-def taps_of(weight, columns, inside, W: tl.constexpr):
-    """Of each lag its tap, [1, columns]."""
-    taps = ()
+def taps_of(weight, bias, columns, inside, W: tl.constexpr, BIAS: tl.constexpr):
+    """Of each lag its tap, and the bias: [1, columns] each, 0.0 where there is none."""
+    taps, shift = (), 0.0
     for lag in tl.static_range(0, W):
         tap = tl.load(weight + columns * W + (W - 1 - lag), mask=inside, other=0.0)
         taps += (tap.to(tl.float32)[None, :],)
-    return taps
+    if BIAS:
+        shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return taps, shift
 
 
 @triton.jit
@@ -147,9 +149,7 @@ def short_conv_forward_kernel(
     # the two walks in turn, each known to be with a norm or without
     for normed in tl.static_range(NORMED >= D, 1 + (NORMED > 0)):
         if (group * WIDTH < NORMED) == normed:
-            taps, shift = taps_of(weight, columns, inside, W), 0.0
-            if BIAS:
-                shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            taps, shift = taps_of(weight, bias, columns, inside, W, BIAS)
             first, document, start, end = segments_of(program, num_rows, num_tokens, firsts, documents, borders,
                                                       BS, SEGMENT, PACKED)  # fmt: skip
             last = tl.minimum(first + SEGMENT, end)
@@ -208,9 +208,7 @@ def short_conv_backward_kernel(
     # the two walks in turn, each known to be with a norm or without
     for normed in tl.static_range(NORMED >= D, 1 + (NORMED > 0)):
         if (group * WIDTH < NORMED) == normed:
-            taps, shift = taps_of(weight, columns, inside, W), 0.0
-            if BIAS:
-                shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            taps, shift = taps_of(weight, bias, columns, inside, W, BIAS)
             first, document, start, end = segments_of(program, num_rows, num_tokens, firsts, documents, borders,
                                                       BS, SEGMENT, PACKED)  # fmt: skip
             last, behind = tl.minimum(first + SEGMENT, end), tl.minimum(first + SEGMENT + W - 1, end)
