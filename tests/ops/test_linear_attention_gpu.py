@@ -365,6 +365,7 @@ def in_the_interpreter():
     check_interpreted(CORNERS["linear"], shape)
     check_interpreted(CORNERS["gdn"], packed, cu_seqlens)
     check_segments()
+    check_chunks_that_matter()
     check_gradients_beside_each_other()
     check_recomputed_gradients_lie_where_they_belong()
 
@@ -433,6 +434,33 @@ def check_segments():
     check_interpreted(Corner("scalar", "scalar", "vector"), documents, cu_seqlens, segments=10, gate="extreme")
     for name in ("scalar-decay", "gla", "gdn2"):
         check_interpreted(CORNERS[name], documents, cu_seqlens, segments=10, gate="extreme")
+
+
+def check_chunks_that_matter():
+    """From a segment's end, and from its beginning; chunks that grow a state count, however far away what fades is."""
+    global tl, chunks_that_matter  # where a kernel looks for names
+    import triton
+    import triton.language as tl
+
+    from glade.ops.linear_attention.triton.scalar_segments import chunks_that_matter
+
+    @triton.jit
+    def kernel(fading, first, end, found):
+        tl.store(found, chunks_that_matter(fading, first, end, 1, 2, False))
+        tl.store(found + 1, chunks_that_matter(fading, first, end, 1, 2, True))
+
+    def count(faded):
+        return max([i + 1 for i in range(len(faded)) if sum(faded[:i]) > -126], default=0)
+
+    generator = torch.Generator().manual_seed(0)
+    for chunks, rate in ((0, 1.0), (1, 200.0), (7, 40.0), (150, 1.5), (150, 0.5), (64, 2.0)):
+        faded = (-rate * torch.rand(chunks + 3, generator=generator)).double().round(decimals=2)
+        faded[chunks // 2 + 1] = 100.0
+        table = torch.stack([torch.zeros_like(faded), faded], 1).float().contiguous()
+        found = torch.zeros(2, dtype=torch.int32)
+        kernel[(1,)](table, 2, 2 + chunks, found)
+        segment = faded[2 : 2 + chunks].tolist()
+        assert found.tolist() == [count(segment[::-1]), count(segment)], (chunks, rate)
 
 
 def register_interpreted():

@@ -35,9 +35,9 @@ from glade.ops.parts import gradient_like
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
-    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks, M of each segment; of no elements
-    what the gates do not need, R and S, which only a backward reads, unless it is to follow, and M unless sequences
-    are cut."""
+    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks, M of each segment, and what each
+    chunk keeps of a state. Of no elements: what the gates do not need; R and S, which only a backward reads, unless it
+    is to follow; and the last two unless sequences are cut."""
     M, HV, C, KP, VP = num_chunks, call.HV, call.chunk, call.KP, call.VP
     erased = call.erase > 0
     rows = [(M, HV, C if given else 0) for given in (call.gate > 0, erased, call.write == 1)]
@@ -46,7 +46,8 @@ def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, kee
     tiles = [(M, HV, C, C if erased else 0), written, (num_spans, HV, VP, KP if keep else 0)]
     shapes, dtypes = rows + tiles, dtypes + [call.dtype] * len(tiles)
     empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    return [*empty, what_segments_keep(call, v)]
+    fading = v.new_empty(M if call.gate and call.segment else 0, HV, dtype=torch.float32)
+    return [*empty, what_segments_keep(call, v), fading]
 
 
 def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
@@ -73,7 +74,7 @@ def _prepare(call: Call, chunks: Chunks, k, g, erase, write, kept: list[Tensor])
     launch = call.config.prepare
     scalar_prepare_kernel[(chunks.count, call.HV)](
         k, g, erase, write, *(strides_of(x) for x in (k, g, erase, write)),
-        *kept[:4], *call.where(chunks),
+        *kept[:4], kept[7] if kept[7].numel() > 0 else None, *call.where(chunks),
         *constants(call.HV, call.group, call.K),
         KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed,

@@ -4,6 +4,10 @@ Reads g, erase, write, each one number a token and head, and where something is 
 chunk (in their tensors a head's numbers lie HV apart), G as the running sum of g in the chunk, and the inverse
 
     A = (I + tril(erase_r exp(G_r - G_c) k_r k_c, -1))^-1
+
+and, where sequences are cut into segments, the bound of what a state keeps over the chunk, as a log to base 2:
+
+    fading = G_C + sum_r log max(1, |1 - erase_r |k_r|^2|)
 """
 
 # Triton need not be installed where there is no GPU
@@ -28,7 +32,7 @@ from glade.ops.linear_attention.triton.tiles import (
 def scalar_prepare_kernel(
     k, g, erase, write,
     k_strides, g_strides, erase_strides, write_strides,
-    G, erase_rows, write_rows, A,
+    G, erase_rows, write_rows, A, fading,
     starts, ends, num_tokens, chunks_a_row,
     HV, GROUP, K,
     KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
@@ -45,6 +49,7 @@ def scalar_prepare_kernel(
         logs = tl.load(g + rows * g_strides[1], mask=rows < live, other=0.0)
         sums = tl.cumsum(log2_decay(logs, G_TYPE), 0)
         tl.store(G + in_chunk, sums)
+        faded = tl.sum(log2_decay(logs, G_TYPE), 0).to(tl.float32)
     if WRITE == SCALAR:
         write = token_head(write, write_strides, row, start, head)
         gate = tl.load(write + rows * write_strides[1], mask=rows < live, other=0.0)
@@ -60,8 +65,13 @@ def scalar_prepare_kernel(
             k_tile = load_rows(k, k_strides, rows, live, columns, K).to(DTYPE)
             lower = tl.dot(k_tile, tl.trans(k_tile), lower, input_precision=PRECISION)
         lower *= gate[:, None]
+        if fading is not None:
+            erased = tl.sum(tl.where(rows[:, None] == rows[None, :], lower, 0.0), 1)
+            faded += tl.sum(tl.log2(tl.maximum(tl.abs(1 - erased), 1.0)), 0)
         if GATE == SCALAR:
             lower *= pair_decay(sums, C)
         lower = tl.where(rows[:, None] > rows[None, :], lower, 0.0)
         square = rows[:, None] * C + rows[None, :]
         tl.store(A + tile * C * C + square, unit_lower_inverse(lower, C, LEVELS, DTYPE, PRECISION).to(DTYPE))
+    if fading is not None:
+        tl.store(fading + tile, faded)

@@ -8,6 +8,9 @@ what the same steps make of the unit matrix where nothing is written,
 so that its columns follow those of N as further value channels whose v is zero. Without erase M is exp of the segment's
 sum of logs. dN is the gradient of the state before the segment where that of the one after it is zero. All is
 held as in `scalar_states.py`.
+
+Chunks from which less than 2^-126 of a state reaches the border are left out (`chunks_that_matter`): it is what fp32's
+smallest normal number would make of that state.
 """
 
 # Triton need not be installed where there is no GPU
@@ -28,11 +31,29 @@ from glade.ops.linear_attention.triton.tiles import (
     used_in_its_trip,
 )
 
+FADED = tl.constexpr(-126.0)
+CHUNKS_AT_ONCE = tl.constexpr(64)
+
+
+@triton.jit
+def chunks_that_matter(fading, first, end, head, HV, REVERSE: tl.constexpr):
+    """How many chunks of a segment, counted from its end, or REVERSE from its beginning, have part in what is there."""
+    among, matter, faded = tl.arange(0, CHUNKS_AT_ONCE), 0, 0.0
+    for block in tl.range(0, end - first, CHUNKS_AT_ONCE):
+        away = block + among
+        m = first + away if REVERSE else end - 1 - away
+        logs = tl.load(fading + m.to(tl.int64) * HV + head, mask=away < end - first, other=0.0)
+        between = faded + tl.cumsum(logs, 0) - logs
+        reaches = (between > FADED) & (away < end - first)
+        matter = tl.maximum(matter, tl.max(tl.where(reaches, away + 1, 0), 0))
+        faded += tl.sum(logs, 0)
+    return matter
+
 
 @triton.jit
 def scalar_forward_segments_kernel(
     k, v, write, k_strides, v_strides, write_strides,
-    G, erase_rows, write_rows, A,
+    G, erase_rows, write_rows, A, fading,
     M, N,
     starts, ends, firsts, num_tokens, chunks_a_row,
     HV, GROUP, K, V,
@@ -50,6 +71,8 @@ def scalar_forward_segments_kernel(
     # behind the value channels the rows of the unit matrix
     S = tl.where(columns[:, None] - VP == dims[None, :], 1.0, 0.0)
     kept = 1.0
+    if GATE == SCALAR:
+        first = end_chunk - chunks_that_matter(fading, first, end_chunk, head, HV, False)
     for m in tl.range(first, end_chunk, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
         row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
@@ -86,7 +109,7 @@ def scalar_forward_segments_kernel(
 @triton.jit
 def scalar_backward_segments_kernel(
     do, q, k, q_strides, k_strides,
-    G, erase_rows, A,
+    G, erase_rows, A, fading,
     dN,
     starts, ends, firsts, num_tokens, chunks_a_row, scale,
     HV, GROUP, K, V,
@@ -103,6 +126,8 @@ def scalar_backward_segments_kernel(
     not_after = rows[:, None] >= rows[None, :]
     square = rows[:, None] * C + rows[None, :]
     dS = tl.zeros([BV, KP], tl.float32)
+    if GATE == SCALAR:
+        end_chunk = first + chunks_that_matter(fading, first, end_chunk, head, HV, True)
     for step in tl.range(0, end_chunk - first, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + (end_chunk - 1 - step)
         row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
