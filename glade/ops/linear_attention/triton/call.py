@@ -56,6 +56,11 @@ class Call:
         return -(-chunks // (segments * self.span)) * self.span
 
     @property
+    def changes_values(self) -> bool:
+        """Whether what a token writes is anything but v."""
+        return self.erase > 0 or self.write > 0
+
+    @property
     def group(self) -> int:
         return self.HV // self.H
 

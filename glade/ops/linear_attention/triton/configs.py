@@ -25,6 +25,13 @@ class Launch(NamedTuple):
     warps: int  # keys of vector gates: at most one for 16 channels, else warps would repeat each other's products
     stages: int = 1
     block_v: int = 64  # keys of vector gates only: value channels at a time
+    # The most a thread may have, 0: as many as the compiler takes. With fewer, some are kept in memory, but more
+    # programs share a processor, and one computes while another waits.
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        return dict(num_warps=self.warps, maxnreg=self.registers or None)
 
 
 class Config(NamedTuple):

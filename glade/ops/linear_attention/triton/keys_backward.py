@@ -10,6 +10,10 @@ Then dk = dk' + erase de, d_erase = k de, and per channel
 
     dg_r = sum_{i >= r} (q dq + e de - k dk')_i + sum_i (exp(G_C - G) k R dS^T)_i + exp(G_C) rowsum(S dS).
 
+exp(G) and exp(G_C - G) of a vector gate are made from g again: sums of logs are products with zeros and ones.
+rowsum(S dS) is the diagonal of a product, whose sides are at hand for other products; a given state's part that S as it
+is kept does not hold comes as `carried`. Without erase and `write`, R is v.
+
 Gradients that are summed over channels (those of scalar gates) are written for each block of channels.
 """
 
@@ -26,6 +30,7 @@ from glade.ops.linear_attention.triton.tiles import (
     chunk_tokens,
     level_pairs,
     load_columns,
+    log2_decay,
     split_logs,
     to_anchor,
     token_head,
@@ -33,16 +38,25 @@ from glade.ops.linear_attention.triton.tiles import (
 
 
 @triton.jit
+def decay_over(logs, rest_of_logs, which, PRECISION: tl.constexpr):
+    """[channels, tokens]: exp of the sum of those logs [channels, tokens] whose row in `which` says so."""
+    which = tl.where(which, 1.0, 0.0).to(logs.dtype)
+    exponent = tl.dot(logs, which, input_precision=PRECISION)
+    exponent = tl.dot(rest_of_logs, which, exponent, input_precision=PRECISION)
+    return tl.exp2(tl.minimum(exponent, 0.0))
+
+
+@triton.jit
 def keys_backward_kernel(
-    q, k, erase, q_strides, k_strides, erase_strides,
-    G, do, R, dR, S_before, dS_after, dP, dT, carried,
+    q, k, g, erase, q_strides, k_strides, g_strides, erase_strides,
+    G, decay, do, R, R_strides, dR, S_before, dS_after, dP, dT, carried,
     dq, dk, d_erase, dg,
     starts, ends, num_tokens, chunks_a_row, num_token_heads, scale,
     HV, GROUP, K, V, dq_stride, dk_stride,
     KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NUM_CARRIED: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     NUM_BLOCKS: tl.constexpr = KP // BK
     block, m, head = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
@@ -56,7 +70,7 @@ def keys_backward_kernel(
     # gradients of scalar gates: a part for each block of key channels
     of_block = block.to(tl.int64) * num_token_heads + first_head
     do += first_head * V
-    R += tile * C * VP
+    R = token_head(R, R_strides, row, start, head)
     S_before += tile * KP * VP
     dS_after += tile * KP * VP
     dP += tile * C * C
@@ -64,20 +78,21 @@ def keys_backward_kernel(
     dk += first_token * dk_stride + head * K
     if ERASE != NONE:
         erase = token_head(erase, erase_strides, row, start, head)
-        dR += tile * C * VP
+        dR += first_head * V
         dT += tile * C * C
     if ERASE == VECTOR:
         d_erase += first_head * K
     elif ERASE == SCALAR:
         d_erase += of_block
     if GATE == VECTOR:
-        G += tile * C * KP
+        g = token_head(g, g_strides, row, start, head)
         dg += first_head * K
-        last = tl.load(G + (C - 1) * KP + columns)
+        over_chunk = tl.load(decay + tile * KP + columns)
     elif GATE == SCALAR:
         G += tile * C
         dg += of_block
         last = tl.load(G + C - 1)
+        over_chunk = tl.load(decay + tile)
 
     # All that is needed after the loop is asked for before it: one wait instead of two.
     q_tile = load_columns(q, q_strides, rows, live, columns, K).to(DTYPE)
@@ -87,8 +102,7 @@ def keys_backward_kernel(
     elif ERASE == SCALAR:
         gate = tl.load(erase + rows * erase_strides[1], mask=rows < live, other=0.0)
     if GATE == VECTOR:
-        sums = tl.load(G + columns[:, None] + rows[None, :] * KP)
-        row_before = tl.load(G + columns[:, None] + (rows[None, :] - 1) * KP, mask=(rows > 0)[None, :], other=0.0)
+        logs = load_columns(g, g_strides, rows, live, columns, K)
     elif GATE == SCALAR:
         sums = tl.load(G + rows)
     square = rows[:, None] * C + rows[None, :]
@@ -106,17 +120,22 @@ def keys_backward_kernel(
     q_sum = tl.zeros([BK, C], tl.float32)
     e_sum = tl.zeros([BK, C], tl.float32)
     k_sum = tl.zeros([BK, C], tl.float32)
+    S_dS = tl.zeros([BK, BK], tl.float32)
     for first_v in tl.range(0, VP, BV, num_stages=STAGES):
         values = first_v + tl.arange(0, BV)
         inside = (values < V)[:, None] & (rows < live)[None, :]
-        d_out = tl.load(do + values[:, None] + rows[None, :] * (HV * V), mask=inside, other=0.0).to(DTYPE)
-        chunk_at = values[:, None] + rows[None, :] * VP
+        at = values[:, None] + rows[None, :] * (HV * V)
+        d_out = tl.load(do + at, mask=inside, other=0.0).to(DTYPE)
         state_at = columns[:, None] * VP + values[None, :]
         S = tl.load(S_before + state_at)
         q_sum = tl.dot(S, d_out, q_sum, input_precision=PRECISION)
         if ERASE != NONE:
-            e_sum = tl.dot(S, tl.load(dR + chunk_at), e_sum, input_precision=PRECISION)
-        k_sum = tl.dot(tl.load(dS_after + state_at), tl.load(R + chunk_at), k_sum, input_precision=PRECISION)
+            e_sum = tl.dot(S, tl.load(dR + at, mask=inside, other=0.0), e_sum, input_precision=PRECISION)
+        dS = tl.load(dS_after + state_at)
+        r = load_columns(R, R_strides, rows, live, values, V).to(DTYPE)
+        k_sum = tl.dot(dS, r, k_sum, input_precision=PRECISION)
+        if GATE != NONE:
+            S_dS = tl.dot(S, tl.trans(dS), S_dS, input_precision=PRECISION)
 
     if ERASE == VECTOR:
         gate = gate.to(tl.float32)
@@ -126,10 +145,11 @@ def keys_backward_kernel(
         e_tile = (gate * k_tile.to(tl.float32)).to(DTYPE)
     q_sum *= scale
     if GATE == VECTOR:
-        to_row = tl.exp2(sums.to(tl.float32))
+        logs, rest_of_logs = split_logs(log2_decay(logs, G_TYPE), DTYPE)
+        to_row = decay_over(logs, rest_of_logs, rows[:, None] <= rows[None, :], PRECISION)
         q_sum *= to_row
         e_sum *= -to_row
-        k_sum *= tl.exp2((last[:, None] - sums).to(tl.float32))
+        k_sum *= decay_over(logs, rest_of_logs, rows[:, None] > rows[None, :], PRECISION)
     elif GATE == SCALAR:
         to_row = tl.exp2(sums.to(tl.float32))[None, :]
         q_sum *= to_row
@@ -139,16 +159,14 @@ def keys_backward_kernel(
         e_sum = -e_sum
     if GATE != NONE:
         # what goes on to the end of the chunk has part in the gradient of every row's decay
-        onward = onward * tl.exp2(last.to(tl.float32)) + tl.sum(k_tile.to(tl.float32) * k_sum, 1)
+        channel = tl.arange(0, BK)
+        onward += tl.sum(tl.where(channel[:, None] == channel[None, :], S_dS, 0.0), 1)
+        onward = onward * over_chunk + tl.sum(k_tile.to(tl.float32) * k_sum, 1)
 
     later, earlier = rows[:, None], rows[None, :]
     if GATE == VECTOR:
-        logs, rest_of_logs = split_logs(sums - row_before, DTYPE)
         for level in tl.range(0, LEVELS, num_stages=1):
-            on_the_way = tl.where(to_anchor(rows[None, :], rows[:, None], level), 1.0, 0.0).to(DTYPE)
-            exponent = tl.dot(logs, on_the_way, input_precision=PRECISION)
-            exponent = tl.dot(rest_of_logs, on_the_way, exponent, input_precision=PRECISION)
-            x = tl.exp2(tl.minimum(exponent, 0.0))
+            x = decay_over(logs, rest_of_logs, to_anchor(rows[None, :], rows[:, None], level), PRECISION)
             pairs, pairs_T = level_pairs(later, earlier, level), level_pairs(earlier, later, level)
             xk = (k_tile.to(tl.float32) * x).to(DTYPE)
             xq = (q_tile.to(tl.float32) * x).to(DTYPE)

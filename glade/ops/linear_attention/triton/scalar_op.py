@@ -35,8 +35,8 @@ from glade.ops.parts import gradient_like
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
-    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks, M of each segment, and what each
-    chunk keeps of a state. Of no elements: what the gates do not need; R and S, which only a backward reads, unless it
+    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks, what each chunk keeps of a state,
+    and M of each segment. Of no elements: what the gates do not need; R and S, which only a backward reads, unless it
     is to follow; and the last two unless sequences are cut."""
     M, HV, C, KP, VP = num_chunks, call.HV, call.chunk, call.KP, call.VP
     erased = call.erase > 0
@@ -47,7 +47,7 @@ def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, kee
     shapes, dtypes = rows + tiles, dtypes + [call.dtype] * len(tiles)
     empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     fading = v.new_empty(M if call.gate and call.segment else 0, HV, dtype=torch.float32)
-    return [*empty, what_segments_keep(call, v), fading]
+    return [*empty, fading, what_segments_keep(call, v)]
 
 
 def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
@@ -74,12 +74,12 @@ def _prepare(call: Call, chunks: Chunks, k, g, erase, write, kept: list[Tensor])
     launch = call.config.prepare
     scalar_prepare_kernel[(chunks.count, call.HV)](
         k, g, erase, write, *(strides_of(x) for x in (k, g, erase, write)),
-        *kept[:4], kept[7] if kept[7].numel() > 0 else None, *call.where(chunks),
+        *kept[:4], kept[6] if kept[6].numel() > 0 else None, *call.where(chunks),
         *constants(call.HV, call.group, call.K),
         KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed,
         G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
-        num_warps=launch.warps,
+        **launch.options,
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def _forward_states(
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
         INITIAL=initial is not None, KEEP=keep, PACKED=call.packed, **call.types,
-        STAGES=launch.stages, num_warps=launch.warps,
+        STAGES=launch.stages, **launch.options,
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _backward_states(
             KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
             GATE=call.gate, ERASE=call.erase, WRITE=call.write,
             INITIAL=d_state is not None, PACKED=call.packed, **call.types,
-            STAGES=launch.stages, num_warps=launch.warps,
+            STAGES=launch.stages, **launch.options,
         )  # fmt: skip
     return sum_of_parts(d_write, write)
 
@@ -158,7 +158,7 @@ def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scal
             KP=call.KP, VP=call.VP, BK=min(call.KP, launch.block), C=call.chunk * call.span,
             GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed,
             G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
-            STAGES=launch.stages, num_warps=launch.warps,
+            STAGES=launch.stages, **launch.options,
         )  # fmt: skip
     dq, dk = call.over_group(dq, q), call.over_group(dk, k)
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)

@@ -6,8 +6,11 @@ state before a chunk, dS the gradient of the state after it:
     R = A (Z - Eg S)            o = Qg S + P R             S <- exp(G_C) S + Kt^T R
     dR^ = A^T (P^T do + Kt dS)                             dS <- exp(G_C) dS + Qg^T do - Eg^T dR^
 
-What a chunk's decay has from the state it carries on, rowsum(S dS), is summed here, where dS is still in fp32, and with
-the given state in fp32: in a short sequence it is all there is to the gradient of g.
+R and dR^ lie as v does. Where nothing is erased and `write` is none, R is v and dR^ is dv: R is not kept, and dR^ is
+written to where dv lies.
+
+The gradient of g takes rowsum(S dS) from S as it is kept (`keys_backward.py`). What a given state has beyond that is
+summed here: in a short sequence it is all there is to the gradient of g.
 """
 
 # Triton need not be installed where there is no GPU
@@ -71,7 +74,6 @@ def forward_states_kernel(
     wide = rows[:, None] * KP + dims[None, :]
     tall = rows[None, :] * KP + dims[:, None]
     square = rows[:, None] * C + rows[None, :]
-    values = rows[:, None] * VP + columns[None, :]
     states = dims[:, None] * VP + columns[None, :]
     token_values = rows[:, None] * (HV * V) + columns[None, :]
     state_at = dims[:, None] * V + columns[None, :]
@@ -93,13 +95,13 @@ def forward_states_kernel(
             z -= tl.dot(tl.load(Eg + tile * C * KP + wide), S_low, input_precision=PRECISION)
             z = tl.dot(tl.load(A + tile * C * C + square), z.to(DTYPE), input_precision=PRECISION)
         r = z.to(DTYPE)
-        if KEEP:
-            tl.store(R + tile * C * VP + values, r)
         out = tl.dot(tl.load(Qg + tile * C * KP + wide), S_low, input_precision=PRECISION)
         out = tl.dot(tl.load(P + tile * C * C + square), r, out, input_precision=PRECISION)
         first_value = ((row.to(tl.int64) * num_tokens + start) * HV + head) * V
         inside = (rows < live)[:, None] & (columns < V)[None, :]
         tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
+        if KEEP and (ERASE != NONE or WRITE != NONE):
+            tl.store(R + first_value + token_values, r, mask=inside)
         S = decayed(S, decay, tile, dims, KP, GATE)
         S = tl.dot(tl.load(Kt + tile * C * KP + tall), r, S, input_precision=PRECISION)
     if final is not None:
@@ -108,10 +110,10 @@ def forward_states_kernel(
 
 @triton.jit
 def backward_states_kernel(
-    do, Qg, Eg, Kt, decay, P, A, S_before, initial,
+    do, Qg, Eg, Kt, decay, P, A, initial,
     d_final, d_initial, dR, dS_after, carried,
     starts, ends, firsts, num_tokens, chunks_a_row,
-    HV, K, V,
+    HV, K, V, dR_stride,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -126,7 +128,6 @@ def backward_states_kernel(
     wide = rows[:, None] * KP + dims[None, :]
     tall = rows[None, :] * KP + dims[:, None]
     transposed = rows[None, :] * C + rows[:, None]
-    values = rows[:, None] * VP + columns[None, :]
     states = dims[:, None] * VP + columns[None, :]
     token_values = rows[:, None] * (HV * V) + columns[None, :]
     state_at = dims[:, None] * V + columns[None, :]
@@ -137,20 +138,17 @@ def backward_states_kernel(
         row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
         tile = m.to(tl.int64) * HV + head
 
-        first_value = ((row.to(tl.int64) * num_tokens + start) * HV + head) * V
+        first_token = row.to(tl.int64) * num_tokens + start
         inside = (rows < live)[:, None] & (columns < V)[None, :]
-        d_out = tl.load(do + first_value + token_values, mask=inside, other=0.0).to(DTYPE)
-        if GATE != NONE:
-            S = tl.load(S_before + tile * KP * VP + states)
+        d_out = tl.load(do + (first_token * HV + head) * V + token_values, mask=inside, other=0.0).to(DTYPE)
         dS_low = dS.to(DTYPE)
         tl.store(dS_after + tile * KP * VP + states, dS_low)
         r = tl.dot(tl.load(P + tile * C * C + transposed), d_out, input_precision=PRECISION)
         r = tl.dot(tl.load(Kt + tile * C * KP + wide), dS_low, r, input_precision=PRECISION)
         if ERASE != NONE:
             r = tl.dot(tl.load(A + tile * C * C + transposed), r.to(DTYPE), input_precision=PRECISION)
-        tl.store(dR + tile * C * VP + values, r.to(DTYPE))
-        if GATE != NONE:
-            tl.store(carried + (tile * NUM_BLOCKS + block) * KP + dims, tl.sum(S.to(tl.float32) * dS, 1))
+        at = dR + first_token * dR_stride + head * V + rows[:, None] * dR_stride + columns[None, :]
+        tl.store(at, r.to(dR.dtype.element_ty), mask=inside)
         dS = decayed(dS, decay, tile, dims, KP, GATE)
         dS = tl.dot(tl.load(Qg + tile * C * KP + tall), d_out, dS, input_precision=PRECISION)
         if ERASE != NONE:
@@ -162,5 +160,4 @@ def backward_states_kernel(
             exact = tl.load(initial + of_sequence + state_at, mask=in_state, other=0.0)
             rounded_off = exact - exact.to(DTYPE).to(tl.float32)
             correction = tl.sum(rounded_off * tl.load(dS_after + tile * KP * VP + states).to(tl.float32), 1)
-            at = carried + (tile * NUM_BLOCKS + block) * KP + dims
-            tl.store(at, tl.load(at) + correction)
+            tl.store(carried + (tile * NUM_BLOCKS + block) * KP + dims, correction)

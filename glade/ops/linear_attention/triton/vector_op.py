@@ -36,14 +36,15 @@ from glade.ops.parts import gradient_like
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, keep: bool) -> list[Tensor]:
-    """Empty: G, Qg, Eg, Kt, decay, P, A, R, S (before each chunk), M of each segment; of no elements what the gates do
-    not need, R and S, which only a backward reads, unless it is to follow, and M unless sequences are cut."""
+    """Empty: G, Qg, Eg, Kt, decay, P, A, R (as v), S (before each chunk), M of each segment; of no elements what the
+    gates do not need, G of a vector gate, which is made again, R where it is v, R and S, which only a backward reads,
+    unless it is to follow, and M unless sequences are cut."""
     M, C, HV, KP, VP = num_chunks, call.chunk, call.HV, call.KP, call.VP
     low, erased = call.dtype, call.erase > 0
-    channels = (0, 1, KP)[call.gate]
-    shapes = [(M, HV, C, channels), (M, HV, C, KP), (M, HV, C, KP if erased else 0), (M, HV, C, KP)]
-    shapes += [(M, HV, channels), (M, HV, C, C), (M, HV, C, C if erased else 0)]
-    shapes += [(M, HV, C, VP if keep else 0), (M, HV, KP, VP if keep else 0)]
+    shapes = [(M, HV, C if call.gate == 1 else 0), (M, HV, C, KP), (M, HV, C, KP if erased else 0), (M, HV, C, KP)]
+    shapes += [(M, HV, (0, 1, KP)[call.gate]), (M, HV, C, C), (M, HV, C, C if erased else 0)]
+    written = (*v.shape[:3], call.V if keep and call.changes_values else 0)
+    shapes += [written, (M, HV, KP, VP if keep else 0)]
     dtypes = [call.sum_dtype, low, low, low, torch.float32, low, low, low, low]
     empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     return [*empty, what_segments_keep(call, v)]
@@ -71,13 +72,15 @@ def _prepare(call: Call, chunks: Chunks, q, k, g, erase, scale: float, kept: lis
     if chunks.count == 0:
         return
     launch = call.config.prepare
+    # of a vector gate only this kernel reads G
+    G = kept[0] if call.gate < 2 else kept[0].new_empty(*kept[3].shape)
     prepare_kernel[(chunks.count, call.HV)](
         q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
-        *kept[:7], *call.where(chunks), scale,
+        G, *kept[1:7], *call.where(chunks), scale,
         *constants(call.HV, call.group, call.K),
         KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
         GATE=call.gate, ERASE=call.erase, PACKED=call.packed, G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
-        num_warps=launch.warps,
+        **launch.options,
     )  # fmt: skip
 
 
@@ -94,7 +97,7 @@ def _forward_states(call: Call, chunks: Chunks, v, write, initial, o, final, kep
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
         INITIAL=initial is not None, KEEP=keep, PACKED=call.packed, **call.types,
-        STAGES=launch.stages, num_warps=launch.warps,
+        STAGES=launch.stages, **launch.options,
     )  # fmt: skip
 
 
@@ -102,11 +105,11 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     call = Call(q, v, g, erase, write, cu_seqlens)
     chunks = chunks_of(v, cu_seqlens, call.chunk)
     do, d_final = do.contiguous(), d_final.contiguous()
-    R, S = kept[7], kept[8]
-    dR, dS = torch.empty_like(R), torch.empty_like(S)
+    dv = gradient_like(v)
+    R, dR = (kept[7], torch.empty_like(kept[7])) if call.changes_values else (v, dv)
+    dS = torch.empty_like(kept[8])
     dP, dT = torch.empty_like(kept[5]), torch.empty_like(kept[6])
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
-    dv = gradient_like(v)
     d_write = None if write is None else torch.empty_like(write, memory_format=torch.contiguous_format)
     with device_of(v):
         segments = _segments(call, v, cu_seqlens, chunks)
@@ -117,23 +120,25 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
             after = gradients_after(call, segments, do, d_final, d_state, kept)
             carried = _backward_states(call, segments.chunks, do, None, after, None, dR, dS, kept)
         _backward_values(call, chunks, do, v, write, scale, R, dR, dv, d_write, dP, dT)
-        dq, dk, dg, d_erase = _backward_keys(call, chunks, do, q, k, g, erase, scale, kept, dR, dS, dP, dT, carried)
+        dq, dk, dg, d_erase = _backward_keys(call, chunks, do, q, k, g, erase, scale, kept, R, dR, dS, dP, dT, carried)
     return [x for x in (dq, dk, dv, dg, d_erase, d_write, d_state) if x is not None]
 
 
-def _backward_states(call: Call, chunks: Chunks, do, initial, d_final, d_state, dR, dS, kept: list[Tensor]) -> Tensor:
+def _backward_states(call: Call, chunks: Chunks, do, initial, d_final, d_state, dR, dS, kept: list[Tensor]):
+    """Answers what kept states lack of rowsum(S dS), by chunk, head and block of value channels; None: nothing."""
     launch = call.config.backward
     BV = call.value_block(launch, chunks, ENOUGH_PROGRAMS)
     blocks = call.VP // BV
-    carried = d_final.new_empty(chunks.count, call.HV, blocks, call.KP if call.gate else 0)
+    given = d_state is not None and call.gate > 0
+    carried = d_final.new_zeros(chunks.count, call.HV, blocks, call.KP) if given else None
     if d_final.numel() == 0:
         return carried
     backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
-        do, *kept[1:7], kept[8], initial, d_final, d_state, dR, dS, carried, *call.along(chunks),
-        *constants(call.HV, call.K, call.V),
+        do, *kept[1:7], initial, d_final, d_state, dR, dS, carried, *call.along(chunks),
+        *constants(call.HV, call.K, call.V, token_stride(dR)),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
         GATE=call.gate, ERASE=call.erase, INITIAL=d_state is not None, PACKED=call.packed, **call.types,
-        STAGES=launch.stages, num_warps=launch.warps,
+        STAGES=launch.stages, **launch.options,
     )  # fmt: skip
     return carried
 
@@ -144,31 +149,33 @@ def _backward_values(call: Call, chunks: Chunks, do, v, write, scale, R, dR, dv,
     launch = call.config.values
     values_backward_kernel[(chunks.count, call.HV)](
         v, write, *(strides_of(x) for x in (v, write)),
-        do, R, dR, dv, d_write, dP, dT, *call.where(chunks), scale,
+        do, R, strides_of(R), dR, dv, d_write, dP, dT, *call.where(chunks), scale,
         *constants(call.HV, call.V, token_stride(dv)),
         VP=call.VP, BV=min(call.VP, launch.block), C=call.chunk,
         ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
-        STAGES=launch.stages, num_warps=launch.warps,
+        STAGES=launch.stages, **launch.options,
     )  # fmt: skip
 
 
-def _backward_keys(call: Call, chunks: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], dR, dS, dP, dT, carried):
+def _backward_keys(
+    call: Call, chunks: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], R, dR, dS, dP, dT, carried
+):
     launch = call.config.keys
     BK = min(call.KP, launch.block)
     num_blocks = call.KP // BK
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
     dg, d_erase = call.gradient_in_parts(g, num_blocks), call.gradient_in_parts(erase, num_blocks)
     if chunks.count > 0:
-        G, R, S = kept[0], kept[7], kept[8]
+        G, decay, S = kept[0], kept[4], kept[8]
         keys_backward_kernel[(num_blocks * chunks.count, call.HV)](
-            q, k, erase, *(strides_of(x) for x in (q, k, erase)),
-            G, do, R, dR, S, dS, dP, dT, carried, dq, dk, d_erase, dg,
+            q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
+            G, decay, do, R, strides_of(R), dR, S, dS, dP, dT, carried, dq, dk, d_erase, dg,
             *call.where(chunks), call.num_token_heads, scale,
             *constants(call.HV, call.group, call.K, call.V, token_stride(dq), token_stride(dk)),
             KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v),
-            NUM_CARRIED=carried.shape[2], C=call.chunk, LEVELS=call.levels,
-            GATE=call.gate, ERASE=call.erase, PACKED=call.packed, **call.types,
-            STAGES=launch.stages, num_warps=min(launch.warps, BK // 16),
+            NUM_CARRIED=0 if carried is None else carried.shape[2], C=call.chunk, LEVELS=call.levels,
+            GATE=call.gate, ERASE=call.erase, PACKED=call.packed, G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
+            STAGES=launch.stages, **launch._replace(warps=min(launch.warps, BK // 16)).options,
         )  # fmt: skip
     dq, dk = call.over_group(dq, q), call.over_group(dk, k)
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)

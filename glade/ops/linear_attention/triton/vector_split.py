@@ -29,7 +29,7 @@ def states_before(call: Call, segments: Segments, v, write, initial, final: Tens
         *constants(call.HV, call.V),
         KP=call.KP, VP=call.VP, BV=BV, NUM_BLOCKS=blocks, C=call.chunk,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
-        STAGES=launch.stages, num_warps=launch.warps,
+        STAGES=launch.stages, **launch.options,
     )  # fmt: skip
     return scan_segments(call, segments, M, N, initial, final, reverse=False)
 
@@ -44,6 +44,6 @@ def gradients_after(call: Call, segments: Segments, do, d_final, d_initial, kept
         *constants(call.HV, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
         GATE=call.gate, ERASE=call.erase, PACKED=call.packed, **call.types,
-        STAGES=launch.stages, num_warps=launch.warps,
+        STAGES=launch.stages, **launch.options,
     )  # fmt: skip
     return scan_segments(call, segments, kept[9], dN, d_final, d_initial, reverse=True)
