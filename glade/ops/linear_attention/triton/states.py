@@ -155,7 +155,7 @@ def backward_states_kernel(
             dS = tl.dot(tl.load(Eg + tile * C * KP + tall), (-r).to(DTYPE), dS, input_precision=PRECISION)
     if INITIAL:
         tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)
-        if (GATE != NONE) & (end_chunk > first):
+        if GATE != NONE and end_chunk > first:
             tile = (tl.zeros([], tl.int64) + first) * HV + head
             exact = tl.load(initial + of_sequence + state_at, mask=in_state, other=0.0)
             rounded_off = exact - exact.to(DTYPE).to(tl.float32)
