@@ -5,7 +5,7 @@ from typing import NamedTuple
 from glade.ops.linear_attention.triton.configs import Config, Launch, is_scalar
 
 # of the kernels that a launch of `Config` starts, for kernels of vector and of scalar gates
-KERNELS = {
+KERNELS: dict[str, tuple[str, str | None]] = {
     "prepare": ("prepare_kernel", "scalar_prepare_kernel"),
     "forward": ("forward_states_kernel", "scalar_forward_states_kernel"),
     "backward": ("backward_states_kernel", "scalar_backward_states_kernel"),
@@ -27,6 +27,8 @@ class Candidate(NamedTuple):
 
 def kernel_name(corner: tuple[str, ...], wide: bool, launch: str) -> str | None:
     """The kernel that a launch of this name starts for a corner; None if it has none."""
+    if launch == "keys" and corner[0] == "vector":
+        return "vector_keys_kernel"
     return KERNELS[launch][is_scalar(corner, wide)]
 
 
@@ -36,6 +38,7 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
     states = [Launch(block, 4, stages) for block in (16, 32, 64) for stages in (2, 3)]
     states += [Launch(64, 8, 2), Launch(64, 8, 3), Launch(128, 8, 2)]
     prepare = [Launch(*x) for x in ((32, 2), (64, 2), (64, 4), (128, 2), (128, 4), (128, 8))]
+    prepare += [Launch(block, 4, registers=168) for block in (64, 128)]
     values = [Launch(*x) for x in ((64, 2, 2), (64, 4, 2), (128, 4, 1), (128, 4, 2))]
     # keys: never more than a warp for 16 channels (`Launch.warps`)
     keys = [
@@ -43,6 +46,7 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
         for block, warps in ((32, 2), (64, 4), (128, 8))
         for stages, block_v in ((2, 64), (3, 64), (3, 32), (1, 128))
     ]
+    keys += [Launch(block, block // 16, 2, 64, 168) for block in (32, 64)]
     states, values = ([x for x in launches if x.block <= V] for launches in (states, values))
     prepare, keys = ([x for x in launches if x.block <= K] for launches in (prepare, keys))
     keys = [x for x in keys if x.block_v <= V]

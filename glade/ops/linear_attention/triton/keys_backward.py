@@ -1,20 +1,17 @@
-"""Kernel 5, one program a chunk, value head and block of key channels: gradients of q, k, erase and g.
+"""Kernel 5 where g is no vector, one program a chunk, value head and block of key channels: gradients of all but v.
 
-From the state before the chunk, S, and the gradient of the one after it, dS:
+From the state before the chunk, S, the gradient of the one after it, dS, and of the pairs of the chunk, with the decay
+between their tokens, of which dP and dT are kept without:
 
-    dq = scale exp(G) do S^T      de = -exp(G) dR^ S^T      dk' = exp(G_C - G) R dS^T
+    dq = scale exp(G) do S^T + dP k      de = -exp(G) dR^ S^T + dT k      dk' = exp(G_C - G) R dS^T + dP^T q + dT^T e
 
-and from the pairs of the chunk, by the levels of `prepare.py` with each level's factors x and e = erase k:
-dq += x (dP_l (x k)), de += x (dT_l (x k)) and dk' += x (dP_l^T (x q) + dT_l^T (x e)).
-Then dk = dk' + erase de, d_erase = k de, and per channel
+Then with e = erase k: dk = dk' + erase de, d_erase = k de, and summed over channels
 
-    dg_r = sum_{i >= r} (q dq + e de - k dk')_i + sum_i (exp(G_C - G) k R dS^T)_i + exp(G_C) rowsum(S dS).
+    dg_r = sum_{i >= r} (q dq + e de - k dk')_i + sum_i (exp(G_C - G) k R dS^T)_i + exp(G_C) sum(S dS).
 
-exp(G) and exp(G_C - G) of a vector gate are made from g again: sums of logs are products with zeros and ones.
 rowsum(S dS) is the diagonal of a product, whose sides are at hand for other products; a given state's part that S as it
-is kept does not hold comes as `carried`. Without erase and `write`, R is v.
-
-Gradients that are summed over channels (those of scalar gates) are written for each block of channels.
+is kept does not hold comes as `carried`. Without erase and `write`, R is v. Gradients that are summed over channels are
+written for each block of channels.
 """
 
 # Triton need not be installed where there is no GPU
@@ -28,35 +25,22 @@ from glade.ops.linear_attention.triton.tiles import (
     SCALAR,
     VECTOR,
     chunk_tokens,
-    level_pairs,
     load_columns,
-    log2_decay,
-    split_logs,
-    to_anchor,
     token_head,
 )
 
 
 @triton.jit
-def decay_over(logs, rest_of_logs, which, PRECISION: tl.constexpr):
-    """[channels, tokens]: exp of the sum of those logs [channels, tokens] whose row in `which` says so."""
-    which = tl.where(which, 1.0, 0.0).to(logs.dtype)
-    exponent = tl.dot(logs, which, input_precision=PRECISION)
-    exponent = tl.dot(rest_of_logs, which, exponent, input_precision=PRECISION)
-    return tl.exp2(tl.minimum(exponent, 0.0))
-
-
-@triton.jit
 def keys_backward_kernel(
-    q, k, g, erase, q_strides, k_strides, g_strides, erase_strides,
+    q, k, erase, q_strides, k_strides, erase_strides,
     G, decay, do, R, R_strides, dR, S_before, dS_after, dP, dT, carried,
     dq, dk, d_erase, dg,
     starts, ends, num_tokens, chunks_a_row, num_token_heads, scale,
     HV, GROUP, K, V, dq_stride, dk_stride,
     KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NUM_CARRIED: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr,
+    C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     NUM_BLOCKS: tl.constexpr = KP // BK
     block, m, head = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
@@ -84,11 +68,7 @@ def keys_backward_kernel(
         d_erase += first_head * K
     elif ERASE == SCALAR:
         d_erase += of_block
-    if GATE == VECTOR:
-        g = token_head(g, g_strides, row, start, head)
-        dg += first_head * K
-        over_chunk = tl.load(decay + tile * KP + columns)
-    elif GATE == SCALAR:
+    if GATE == SCALAR:
         G += tile * C
         dg += of_block
         last = tl.load(G + C - 1)
@@ -101,9 +81,7 @@ def keys_backward_kernel(
         gate = load_columns(erase, erase_strides, rows, live, columns, K)
     elif ERASE == SCALAR:
         gate = tl.load(erase + rows * erase_strides[1], mask=rows < live, other=0.0)
-    if GATE == VECTOR:
-        logs = load_columns(g, g_strides, rows, live, columns, K)
-    elif GATE == SCALAR:
+    if GATE == SCALAR:
         sums = tl.load(G + rows)
     square = rows[:, None] * C + rows[None, :]
     transposed = rows[None, :] * C + rows[:, None]
@@ -144,13 +122,7 @@ def keys_backward_kernel(
     if ERASE != NONE:
         e_tile = (gate * k_tile.to(tl.float32)).to(DTYPE)
     q_sum *= scale
-    if GATE == VECTOR:
-        logs, rest_of_logs = split_logs(log2_decay(logs, G_TYPE), DTYPE)
-        to_row = decay_over(logs, rest_of_logs, rows[:, None] <= rows[None, :], PRECISION)
-        q_sum *= to_row
-        e_sum *= -to_row
-        k_sum *= decay_over(logs, rest_of_logs, rows[:, None] > rows[None, :], PRECISION)
-    elif GATE == SCALAR:
+    if GATE == SCALAR:
         to_row = tl.exp2(sums.to(tl.float32))[None, :]
         q_sum *= to_row
         e_sum *= -to_row
@@ -164,35 +136,19 @@ def keys_backward_kernel(
         onward = onward * over_chunk + tl.sum(k_tile.to(tl.float32) * k_sum, 1)
 
     later, earlier = rows[:, None], rows[None, :]
-    if GATE == VECTOR:
-        for level in tl.range(0, LEVELS, num_stages=1):
-            x = decay_over(logs, rest_of_logs, to_anchor(rows[None, :], rows[:, None], level), PRECISION)
-            pairs, pairs_T = level_pairs(later, earlier, level), level_pairs(earlier, later, level)
-            xk = (k_tile.to(tl.float32) * x).to(DTYPE)
-            xq = (q_tile.to(tl.float32) * x).to(DTYPE)
-            dp, dp_T = tl.where(pairs, d_products, 0.0), tl.where(pairs_T, d_products_T, 0.0)
-            q_sum += x * tl.dot(xk, dp_T, input_precision=PRECISION)
-            to_k = tl.dot(xq, dp, input_precision=PRECISION)
-            if ERASE != NONE:
-                xe = (e_tile.to(tl.float32) * x).to(DTYPE)
-                dt, dt_T = tl.where(pairs, d_lower, 0.0), tl.where(pairs_T, d_lower_T, 0.0)
-                e_sum += x * tl.dot(xk, dt_T, input_precision=PRECISION)
-                to_k = tl.dot(xe, dt, to_k, input_precision=PRECISION)
-            k_sum += x * to_k
+    if GATE == SCALAR:
+        apart = tl.exp2(-tl.abs(sums[:, None] - sums[None, :]).to(tl.float32))
     else:
-        if GATE == SCALAR:
-            apart = tl.exp2(-tl.abs(sums[:, None] - sums[None, :]).to(tl.float32))
-        else:
-            apart = tl.full([C, C], 1.0, tl.float32)
-        dp = tl.where(later > earlier, d_products.to(tl.float32) * apart, 0.0).to(DTYPE)
-        dp_T = tl.where(earlier > later, d_products_T.to(tl.float32) * apart, 0.0).to(DTYPE)
-        q_sum = tl.dot(k_tile, dp_T, q_sum, input_precision=PRECISION)
-        k_sum = tl.dot(q_tile, dp, k_sum, input_precision=PRECISION)
-        if ERASE != NONE:
-            dt = tl.where(later > earlier, d_lower.to(tl.float32) * apart, 0.0).to(DTYPE)
-            dt_T = tl.where(earlier > later, d_lower_T.to(tl.float32) * apart, 0.0).to(DTYPE)
-            e_sum = tl.dot(k_tile, dt_T, e_sum, input_precision=PRECISION)
-            k_sum = tl.dot(e_tile, dt, k_sum, input_precision=PRECISION)
+        apart = tl.full([C, C], 1.0, tl.float32)
+    dp = tl.where(later > earlier, d_products.to(tl.float32) * apart, 0.0).to(DTYPE)
+    dp_T = tl.where(earlier > later, d_products_T.to(tl.float32) * apart, 0.0).to(DTYPE)
+    q_sum = tl.dot(k_tile, dp_T, q_sum, input_precision=PRECISION)
+    k_sum = tl.dot(q_tile, dp, k_sum, input_precision=PRECISION)
+    if ERASE != NONE:
+        dt = tl.where(later > earlier, d_lower.to(tl.float32) * apart, 0.0).to(DTYPE)
+        dt_T = tl.where(earlier > later, d_lower_T.to(tl.float32) * apart, 0.0).to(DTYPE)
+        e_sum = tl.dot(k_tile, dt_T, e_sum, input_precision=PRECISION)
+        k_sum = tl.dot(e_tile, dt, k_sum, input_precision=PRECISION)
 
     inside = (columns < K)[:, None] & (rows < live)[None, :]
     at = columns[:, None] + rows[None, :] * (HV * K)
@@ -202,16 +158,8 @@ def keys_backward_kernel(
         per_row = wide_q * q_sum - wide_k * k_sum
         if ERASE != NONE:
             per_row += gate * wide_k * e_sum
-        if GATE == VECTOR:
-            # the sum from each row on, as products with zeros and ones: a scan would pass numbers from thread to thread
-            from_here = tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DTYPE)
-            high, rest = split_logs(per_row, DTYPE)
-            gradient = tl.dot(rest, from_here, input_precision=PRECISION) + onward[:, None]
-            gradient = tl.dot(high, from_here, gradient, input_precision=PRECISION)
-            tl.store(dg + at, gradient.to(dg.dtype.element_ty), mask=inside)
-        else:
-            gradient = tl.cumsum(tl.sum(per_row, 0), 0, reverse=True) + tl.sum(onward, 0)
-            tl.store(dg + rows * HV, gradient, mask=rows < live)
+        gradient = tl.cumsum(tl.sum(per_row, 0), 0, reverse=True) + tl.sum(onward, 0)
+        tl.store(dg + rows * HV, gradient, mask=rows < live)
     with_itself = with_itself.to(tl.float32)[None, :]
     at_q = dq + columns[:, None] + rows[None, :] * dq_stride
     tl.store(at_q, (q_sum + with_itself * wide_k).to(dq.dtype.element_ty), mask=inside)

@@ -9,7 +9,7 @@ state before a chunk, dS the gradient of the state after it:
 R and dR^ lie as v does. Where nothing is erased and `write` is none, R is v and dR^ is dv: R is not kept, and dR^ is
 written to where dv lies.
 
-The gradient of g takes rowsum(S dS) from S as it is kept (`keys_backward.py`). What a given state has beyond that is
+The gradient of g takes rowsum(S dS) from S as it is kept (`vector_keys.py`). What a given state has beyond that is
 summed here: in a short sequence it is all there is to the gradient of g.
 """
 

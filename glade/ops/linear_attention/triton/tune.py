@@ -101,6 +101,9 @@ def tune(
         say(f"{'-'.join(setting.corner)} K{setting.K} V{setting.V} {setting.dtype}: table {base.ms['total']:.3f} ms")
         best, best_ms = None, base.ms["total"]
         for chunk in chunks:
+            if setting.corner[0] == "vector" and chunk > configs.LONGEST_OF_A_VECTOR:
+                say(f"  chunk {chunk}: vector decays take at most {configs.LONGEST_OF_A_VECTOR}")
+                continue
             config = _fastest_parts(trials, chunk, launches, say)
             (together,) = trials.run([(f"chunk {chunk}", config)])
             say(_line(together, "total"))

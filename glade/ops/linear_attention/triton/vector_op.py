@@ -31,6 +31,7 @@ from glade.ops.linear_attention.triton.prepare import prepare_kernel
 from glade.ops.linear_attention.triton.segments import what_segments_keep
 from glade.ops.linear_attention.triton.states import backward_states_kernel, forward_states_kernel
 from glade.ops.linear_attention.triton.values_backward import values_backward_kernel
+from glade.ops.linear_attention.triton.vector_keys import vector_keys_kernel
 from glade.ops.linear_attention.triton.vector_split import gradients_after, states_before
 from glade.ops.parts import gradient_like
 
@@ -167,16 +168,28 @@ def _backward_keys(
     dg, d_erase = call.gradient_in_parts(g, num_blocks), call.gradient_in_parts(erase, num_blocks)
     if chunks.count > 0:
         G, decay, S = kept[0], kept[4], kept[8]
-        keys_backward_kernel[(num_blocks * chunks.count, call.HV)](
-            q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
-            G, decay, do, R, strides_of(R), dR, S, dS, dP, dT, carried, dq, dk, d_erase, dg,
+        launch = launch._replace(warps=min(launch.warps, BK // 16))
+        arguments = (
+            do, R, strides_of(R), dR, S, dS, dP, dT, carried, dq, dk, d_erase, dg,
             *call.where(chunks), call.num_token_heads, scale,
             *constants(call.HV, call.group, call.K, call.V, token_stride(dq), token_stride(dk)),
-            KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v),
-            NUM_CARRIED=0 if carried is None else carried.shape[2], C=call.chunk, LEVELS=call.levels,
-            GATE=call.gate, ERASE=call.erase, PACKED=call.packed, G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
-            STAGES=launch.stages, **launch._replace(warps=min(launch.warps, BK // 16)).options,
         )  # fmt: skip
+        given = dict(
+            KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v),
+            NUM_CARRIED=0 if carried is None else carried.shape[2], C=call.chunk,
+            ERASE=call.erase, PACKED=call.packed, **call.types,
+            STAGES=launch.stages, **launch.options,
+        )  # fmt: skip
+        if call.gate == 2:
+            vector_keys_kernel[(num_blocks * chunks.count, call.HV)](
+                q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)), decay,
+                *arguments, G_TYPE=TRITON_TYPE[call.sum_dtype], **given,
+            )  # fmt: skip
+        else:
+            keys_backward_kernel[(num_blocks * chunks.count, call.HV)](
+                q, k, erase, *(strides_of(x) for x in (q, k, erase)), G, decay,
+                *arguments, GATE=call.gate, **given,
+            )  # fmt: skip
     dq, dk = call.over_group(dq, q), call.over_group(dk, k)
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)
 
