@@ -30,6 +30,9 @@ def cases(n):
     def decay(form):
         return lambda z, rate, bias=None: log_decay_reference.log_decay(z, rate, bias, form)
 
+    def of_constant_rate(z, bias):
+        return decay("logsigmoid")(z, torch.full_like(bias, 0.1), bias)
+
     return {
         "norm": ([(*tokens, n), (n,)], norm("silu")),
         "silu": ([(*heads, n), (n,), (*heads, n)], norm("silu")),
@@ -38,6 +41,7 @@ def cases(n):
         "swiglu": ([(*tokens, 2 * n)], swiglu_reference.swiglu),
         "softplus": ([(*tokens, n), (n,), (n,)], decay("softplus")),
         "logsigmoid": ([(*tokens, n), (n,)], decay("logsigmoid")),
+        "logsigmoid, constant rate": ([(*tokens, n), (n,)], of_constant_rate),
         "rope": ([(*heads, n)], turned(eager.rope, n - n % 2)),
         "rope, part": ([(*heads, n)], turned(eager.rope, n // 3 * 2, of_rows=True)),
     }
@@ -68,6 +72,7 @@ def kernels(n):
         "swiglu": swiglu,
         "softplus": lambda z, rate, bias: log_decay(z, rate, bias, "softplus"),
         "logsigmoid": lambda z, rate: log_decay(z, rate, None, "logsigmoid"),
+        "logsigmoid, constant rate": lambda z, b: log_decay(z, torch.full_like(b, 0.1), b, "logsigmoid"),
         "rope": turned(rope, n - n % 2),
         "rope, part": turned(rope, n // 3 * 2, of_rows=True),
     }

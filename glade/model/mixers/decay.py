@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glade.model.mixer import first_map, projection, second_map
+from glade.model.mixer import first_map, projection, second_map, second_map_and_bias
 from glade.model.mixers.linear import Gates, Linear
 from glade.model.norm import upcast, wide_dtype
 from glade.model.published import LinearOptions
@@ -49,5 +49,6 @@ class GLA(Linear):
             g = F.logsigmoid(upcast(second_map(self.decay_proj, between)) / n)
         else:
             rate = k.new_full((self.key_dim,), 1 / n, dtype=wide_dtype(k))
-            g = log_decay(second_map(self.decay_proj, z[0]), rate=rate, form="logsigmoid")
+            z0, bias = second_map_and_bias(self.decay_proj, z[0])
+            g = log_decay(z0, rate=rate, bias=bias, form="logsigmoid")
         return Gates(self._over_value_heads(g.unflatten(-1, (self.options.num_heads, -1))))
