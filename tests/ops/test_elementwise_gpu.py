@@ -167,6 +167,18 @@ def in_the_interpreter():
             assert error <= TOLERANCES[torch.float32].gradient, (name, scale, error)
     mixed_dtypes("cpu")
     no_tokens()
+    several_tiles_a_program()
+
+
+def several_tiles_a_program():
+    """As where there are programs enough; the last of them have rows for some of their tiles only."""
+    from glade.ops.log_decay.triton import op as of_log_decay
+    from glade.ops.rms_norm.triton import op as of_rms_norm
+
+    of_log_decay.PROGRAMS = of_rms_norm.PROGRAMS = 2
+    for name in ("norm", "silu", "add", "softplus", "logsigmoid, constant rate"):
+        error = worst(name, 300, "cpu", torch.float32)
+        assert error <= TOLERANCES[torch.float32].gradient, (name, error)
 
 
 def no_tokens():

@@ -13,14 +13,27 @@ from glade.ops.parts import gradient_like
 from glade.ops.rms_norm.register import register, register_add
 from glade.ops.rms_norm.triton.kernels import rms_norm_backward_kernel, rms_norm_kernel
 
-TILE = 2048  # elements of a tile of rows, if a row is no longer
-TILES = 16  # of the backward, whose gradients of the weight one program sums
+# elements of a tile of rows, if a row is no longer; the backward has the next tile in registers, too
+FORWARD_TILE, BACKWARD_TILE = 2048, 1024
+# Tiles of a program of the backward, which sums the gradients of the weight, and programs that a GPU should have at
+# least, or they take fewer tiles. So 32,768 tokens of 1,024 channels are as many programs as run at once: with a gate
+# the kernel has fewer registers.
+MAX_TILES, MAX_TILES_GATED = 64, 32
+PROGRAMS = 512
 
 
-def _cut(n: int) -> dict[str, int]:
+def _cut(n: int, tile: int) -> dict[str, int]:
     """Rows and channels of a tile, and warps for it."""
     BN = triton.next_power_of_2(max(n, 1))
-    return {"R": max(1, TILE // BN), "BN": BN, "num_warps": min(16, max(4, BN // 512))}
+    return {"R": max(1, tile // BN), "BN": BN, "num_warps": min(16, max(4, 4 * BN // tile))}
+
+
+def _tiles_of_a_program(tiles: int, most: int) -> int:
+    """A power of two, so that few kernels are compiled."""
+    of_one = most
+    while of_one > 1 and triton.cdiv(tiles, of_one) < PROGRAMS:
+        of_one //= 2
+    return of_one
 
 
 def _rows(x: Tensor | None, heads: int) -> tuple[Tensor | None, int, int]:
@@ -42,12 +55,12 @@ def _run_forward(
 ) -> None:
     if y.numel() == 0:
         return
-    heads, n, cut = _heads(x, gate), x.shape[-1], _cut(x.shape[-1])
+    heads, n, cut = _heads(x, gate), x.shape[-1], _cut(x.shape[-1], FORWARD_TILE)
     num_rows = x.numel() // n
     with device_of(x):
         rms_norm_kernel[(triton.cdiv(num_rows, cut["R"]),)](
-            *_rows(x, heads), *_rows(other, heads), weight.contiguous(), y, total, num_rows, heads, n, eps,
-            GATE=gate is not None, SILU=gate == "silu", ADD=total is not None, **cut,
+            *_rows(x, heads), *_rows(other, heads), weight.contiguous(), y, total, num_rows, eps,
+            heads=heads, n=n, GATE=gate is not None, SILU=gate == "silu", ADD=total is not None, **cut,
         )  # fmt: skip
 
 
@@ -65,14 +78,15 @@ def _run_backward(
     n, heads = x.shape[-1], _heads(x, gate)
     if x.numel() == 0:
         return torch.zeros_like(weight)
-    cut, num_rows = _cut(n), x.numel() // n
-    parts = weight.new_empty(triton.cdiv(num_rows, TILES * cut["R"]), n, dtype=torch.float32)
+    cut, num_rows = _cut(n, BACKWARD_TILE), x.numel() // n
+    tiles = _tiles_of_a_program(triton.cdiv(num_rows, cut["R"]), MAX_TILES if gate is None else MAX_TILES_GATED)
+    parts = weight.new_empty(triton.cdiv(num_rows, tiles * cut["R"]), n, dtype=torch.float32)
     with device_of(x):
         rms_norm_backward_kernel[(len(parts),)](
             *_rows(dy, heads), *_rows(x, heads), *_rows(other, heads), weight.contiguous(),
-            dx, *_rows(dother, heads), parts, num_rows, heads, n, eps,
-            GATE=gate is not None, SILU=gate == "silu", ADD=gate is None and other is not None,
-            SPLIT=gate is None and dother is not None, TILES=TILES, **cut,
+            dx, *_rows(dother, heads), parts, num_rows, eps,
+            heads=heads, n=n, GATE=gate is not None, SILU=gate == "silu", ADD=gate is None and other is not None,
+            SPLIT=gate is None and dother is not None, TILES=tiles, **cut,
         )  # fmt: skip
     return sum_of_programs(parts).to(weight.dtype)
 
