@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.short_conv.triton.kernels import sigmoid
 from glade.ops.swiglu.register import register
 
 TILE = 2048  # elements of a tile
@@ -25,7 +26,7 @@ def swiglu_kernel(x, stride, y, num_rows, width, R: tl.constexpr, BC: tl.constex
     at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     gate = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     up = tl.load(x + at + width, mask=live, other=0.0).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
+    value = gate * sigmoid(gate) * up
     at_y = rows.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(y + at_y, value.to(y.dtype.element_ty), mask=live)
 
@@ -38,7 +39,7 @@ def swiglu_backward_kernel(dy, dy_stride, x, stride, dx, num_rows, width, R: tl.
     gate = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     up = tl.load(x + at + width, mask=live, other=0.0).to(tl.float32)
     d = tl.load(dy + rows.to(tl.int64)[:, None] * dy_stride + columns[None, :], mask=live, other=0.0).to(tl.float32)
-    s = tl.sigmoid(gate)
+    s = sigmoid(gate)
     at_dx = dx + rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
     tl.store(at_dx, (d * up * s * (1 + gate * (1 - s))).to(dx.dtype.element_ty), mask=live)
     tl.store(at_dx + width, (d * gate * s).to(dx.dtype.element_ty), mask=live)
