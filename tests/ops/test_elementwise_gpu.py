@@ -17,7 +17,7 @@ WIDTHS = (1, 7, 128, 300)
 
 def added(x, y, weight):
     total = x + y
-    return rms_norm_reference.rms_norm(total, weight, None, "silu", 1e-5, x.dtype), total
+    return rms_norm_reference.rms_norm(total, weight, None, None, "silu", 1e-5, x.dtype), total
 
 
 def cases(n):
@@ -25,7 +25,10 @@ def cases(n):
     tokens, heads = (2, 37), (2, 37, 3)
 
     def norm(activation):
-        return lambda x, weight, gate=None: rms_norm_reference.rms_norm(x, weight, gate, activation, 1e-5, x.dtype)
+        def run(x, weight, gate=None, bias=None):
+            return rms_norm_reference.rms_norm(x, weight, gate, bias, activation, 1e-5, x.dtype)
+
+        return run
 
     def decay(form):
         return lambda z, rate, bias=None: log_decay_reference.log_decay(z, rate, bias, form)
@@ -37,6 +40,7 @@ def cases(n):
         "norm": ([(*tokens, n), (n,)], norm("silu")),
         "silu": ([(*heads, n), (n,), (*heads, n)], norm("silu")),
         "sigmoid": ([(*heads, n), (n,), (*heads, n)], norm("sigmoid")),
+        "gate with a bias": ([(2, 37, 4, n), (n,), (2, 37, 4, n), (4, n)], norm("silu")),
         "add": ([(*tokens, n), (*tokens, n), (n,)], added),
         "swiglu": ([(*tokens, 2 * n)], swiglu_reference.swiglu),
         "softplus": ([(*tokens, n), (n,), (n,)], decay("softplus")),
@@ -65,9 +69,10 @@ def kernels(n):
     from glade.ops.swiglu.triton.op import swiglu
 
     return {
-        "norm": lambda x, weight: rms_norm(x, weight, None, "silu", 1e-5, x.dtype),
-        "silu": lambda x, weight, gate: rms_norm(x, weight, gate, "silu", 1e-5, x.dtype),
-        "sigmoid": lambda x, weight, gate: rms_norm(x, weight, gate, "sigmoid", 1e-5, x.dtype),
+        "norm": lambda x, weight: rms_norm(x, weight, None, None, "silu", 1e-5, x.dtype),
+        "silu": lambda x, weight, gate: rms_norm(x, weight, gate, None, "silu", 1e-5, x.dtype),
+        "sigmoid": lambda x, weight, gate: rms_norm(x, weight, gate, None, "sigmoid", 1e-5, x.dtype),
+        "gate with a bias": lambda x, weight, gate, b: rms_norm(x, weight, gate, b, "silu", 1e-5, x.dtype),
         "add": lambda x, y, weight: add_rms_norm(x, y, weight, 1e-5, x.dtype),
         "swiglu": swiglu,
         "softplus": lambda z, rate, bias: log_decay(z, rate, bias, "softplus"),
@@ -176,7 +181,7 @@ def several_tiles_a_program():
     from glade.ops.rms_norm.triton import op as of_rms_norm
 
     of_log_decay.PROGRAMS = of_rms_norm.PROGRAMS = 2
-    for name in ("norm", "silu", "add", "softplus", "logsigmoid, constant rate"):
+    for name in ("norm", "silu", "gate with a bias", "add", "softplus", "logsigmoid, constant rate"):
         error = worst(name, 300, "cpu", torch.float32)
         assert error <= TOLERANCES[torch.float32].gradient, (name, error)
 

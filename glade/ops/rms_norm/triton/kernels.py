@@ -2,9 +2,9 @@
 
 With u = x / sqrt(mean(x^2) + eps):
 
-    forward     y = weight * u * act(gate);  or with a branch: total = x + branch, y = weight * u(total)
+    forward     y = weight * u * act(gate + bias);  or with a branch: total = x + branch, y = weight * u(total)
     backward    makes u again;  dx = (du - u mean(du u)) / sqrt(mean(x^2) + eps) (+ what came of the sum),
-                du = weight * dy * act(gate)
+                du = weight * dy * act(gate + bias)
 
 The gradient of the weight is summed over a program's rows here and over programs by `sum_of_programs`, in the order of
 the rows.
@@ -43,9 +43,9 @@ def inverse_rms(x, n, eps):
 
 @triton.jit
 def rms_norm_kernel(
-    x, x_token, x_head, other, other_token, other_head, weight, y, total, num_rows, eps,
-    heads: tl.constexpr, n: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr,
-    R: tl.constexpr, BN: tl.constexpr,
+    x, x_token, x_head, other, other_token, other_head, weight, bias, y, total, num_rows, eps,
+    heads: tl.constexpr, n: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
+    ADD: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * R + tl.arange(0, R)
     columns, inside = columns_of(n, BN)
@@ -63,6 +63,8 @@ def rms_norm_kernel(
     u = v * inverse_rms(v, n, eps)
     u *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     if GATE:
+        if BIAS:
+            z += tl.load(bias + (rows % heads)[:, None] * n + columns[None, :], mask=live, other=0.0).to(tl.float32)
         u *= sigmoid(z)
         if SILU:
             u *= z
@@ -86,15 +88,21 @@ def inputs_of(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    dy, dy_token, dy_head, x, x_token, x_head, other, other_token, other_head, weight,
-    dx, dother, dother_token, dother_head, parts, num_rows, eps,
-    heads: tl.constexpr, n: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr,
-    SPLIT: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+    dy, dy_token, dy_head, x, x_token, x_head, other, other_token, other_head, weight, bias,
+    dx, dother, dother_token, dother_head, parts, parts_of_bias, num_rows, eps,
+    heads: tl.constexpr, n: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
+    ADD: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """`other` is the gate, or with ADD what came of the sum; SPLIT writes dx a second time, in the dtype of dother."""
+    """`other` is the gate, or with ADD what came of the sum; SPLIT writes dx a second time, in the dtype of dother.
+    With BIAS a tile is a whole number of tokens, so that each of its rows is always the same head.
+    """
     columns, inside = columns_of(n, BN)
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     sums = tl.zeros([R, BN], tl.float32)
+    if BIAS:
+        at_bias = (tl.arange(0, R) % heads)[:, None] * n + columns[None, :]
+        shift = tl.load(bias + at_bias, mask=inside[None, :], other=0.0).to(tl.float32)
+        of_bias = tl.zeros([R, BN], tl.float32)
     rows = tl.program_id(0) * (TILES * R) + tl.arange(0, R)
     next_v, next_d, next_z = inputs_of(
         rows, rows < num_rows, columns, inside, dy, dy_token, dy_head, x, x_token, x_head,
@@ -112,6 +120,8 @@ def rms_norm_backward_kernel(
         inverse = inverse_rms(v, n, eps)
         u = v * inverse
         if GATE:
+            if BIAS:
+                z += shift
             s = sigmoid(z)
             slope = s * (1 - s)
             act = s
@@ -119,7 +129,10 @@ def rms_norm_backward_kernel(
                 slope = s + z * slope
                 act = z * s
             at_dother = offsets(rows, columns, heads, dother_token, dother_head)
-            tl.store(dother + at_dother, (d * u * w * slope).to(dother.dtype.element_ty), mask=live)
+            dz = d * u * w * slope
+            tl.store(dother + at_dother, dz.to(dother.dtype.element_ty), mask=live)
+            if BIAS:
+                of_bias += dz
             d *= act
         sums += d * u
         d *= w
@@ -131,3 +144,6 @@ def rms_norm_backward_kernel(
             tl.store(dother + at, d.to(dother.dtype.element_ty), mask=live)
         rows += R
     tl.store(parts + tl.program_id(0).to(tl.int64) * n + columns, tl.sum(sums, 0), mask=inside)
+    if BIAS:
+        at_part = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None] * n + columns[None, :]
+        tl.store(parts_of_bias + at_part, of_bias, mask=inside[None, :])
