@@ -1,5 +1,5 @@
-"""The GPU kernels of rms_norm, swiglu, log_decay and rope against the definitions in fp64: on the device, and in
-Triton's interpreter on the CPU."""
+"""The GPU kernels of rms_norm, swiglu, sigmoid, log_decay and rope against the definitions in fp64: on the device, and
+in Triton's interpreter on the CPU."""
 
 import pytest
 import torch
@@ -43,6 +43,7 @@ def cases(n):
         "gate with a bias": ([(2, 37, 4, n), (n,), (2, 37, 4, n), (4, n)], norm("silu")),
         "add": ([(*tokens, n), (*tokens, n), (n,)], added),
         "swiglu": ([(*tokens, 2 * n)], swiglu_reference.swiglu),
+        "sigmoid alone": ([(*tokens, n)], torch.sigmoid),
         "softplus": ([(*tokens, n), (n,), (n,)], decay("softplus")),
         "logsigmoid": ([(*tokens, n), (n,)], decay("logsigmoid")),
         "logsigmoid, constant rate": ([(*tokens, n), (n,)], of_constant_rate),
@@ -66,6 +67,7 @@ def kernels(n):
     from glade.ops.log_decay.triton.op import log_decay
     from glade.ops.rms_norm.triton.op import add_rms_norm, rms_norm
     from glade.ops.rope.triton.op import rope
+    from glade.ops.sigmoid.triton.op import sigmoid
     from glade.ops.swiglu.triton.op import swiglu
 
     return {
@@ -75,6 +77,7 @@ def kernels(n):
         "gate with a bias": lambda x, weight, gate, b: rms_norm(x, weight, gate, b, "silu", 1e-5, x.dtype),
         "add": lambda x, y, weight: add_rms_norm(x, y, weight, 1e-5, x.dtype),
         "swiglu": swiglu,
+        "sigmoid alone": sigmoid,
         "softplus": lambda z, rate, bias: log_decay(z, rate, bias, "softplus"),
         "logsigmoid": lambda z, rate: log_decay(z, rate, None, "logsigmoid"),
         "logsigmoid, constant rate": lambda z, b: log_decay(z, torch.full_like(b, 0.1), b, "logsigmoid"),
