@@ -16,8 +16,8 @@ from glade.ops.rms_norm.triton.kernels import rms_norm_backward_kernel, rms_norm
 # elements of a tile of rows, if a row is no longer; the backward has the next tile in registers, too
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024
 # Tiles of a program of the backward, which sums the gradients of the weight, and programs that a GPU should have at
-# least, or they take fewer tiles. So 32,768 tokens of 1,024 channels are as many programs as run at once: with a gate
-# the kernel has fewer registers.
+# least, or they take fewer tiles. So 32,768 tokens of 1,024 channels are about as many programs as run at once: with a
+# gate, and no bias to sum for, the kernel has 63 registers, else 96.
 MAX_TILES, MAX_TILES_GATED = 64, 32
 PROGRAMS = 512
 MAX_TOKEN = 4096  # elements of a token's heads, all in one tile, where a bias of the gate has a gradient
@@ -96,7 +96,8 @@ def _run_backward(
     if x.numel() == 0:
         return torch.zeros_like(weight), weight.new_empty(0) if bias is None else torch.zeros_like(bias)
     cut, num_rows = _cut(n, BACKWARD_TILE, 1 if bias is None else heads), x.numel() // n
-    tiles = _tiles_of_a_program(triton.cdiv(num_rows, cut["R"]), MAX_TILES if gate is None else MAX_TILES_GATED)
+    most = MAX_TILES_GATED if gate is not None and bias is None else MAX_TILES
+    tiles = _tiles_of_a_program(triton.cdiv(num_rows, cut["R"]), most)
     parts = weight.new_empty(triton.cdiv(num_rows, tiles * cut["R"]), n, dtype=torch.float32)
     parts_of_bias = None if bias is None else parts.new_empty(len(parts) * cut["R"] // heads, heads, n)
     with device_of(x):
