@@ -19,7 +19,7 @@ def losses_kernel(
     logits, bias, targets, losses, normalisers, vocab,
     BIAS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    row = tl.num_programs(0) - 1 - tl.program_id(0)  # the last were written last, and are still in the cache
     logits += row.to(tl.int64) * vocab
     target = tl.load(targets + row)
     # of each few words that a thread reads at once the maximum, by which what was summed before is scaled: an exp a
@@ -50,7 +50,8 @@ def gradients_kernel(
     logits, bias, targets, dlosses, normalisers, vocab,
     BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, words = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    program, across = tl.num_programs(0) - 1 - tl.program_id(0), tl.cdiv(vocab, BLOCK)
+    row, words = program // across, program % across * BLOCK + tl.arange(0, BLOCK)
     logits += row.to(tl.int64) * vocab
     target = tl.load(targets + row)
     dloss = tl.where(target >= 0, tl.load(dlosses + row), 0.0)
@@ -73,6 +74,6 @@ def gradients_in_place(
     logits: Tensor, bias: Tensor | None, targets: Tensor, dlosses: Tensor, normalisers: Tensor
 ) -> None:
     """Logits [n, vocab] become their gradient, in their dtype."""
-    gradients_kernel[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
+    gradients_kernel[(len(logits) * triton.cdiv(logits.shape[1], BLOCK),)](
         logits, bias, targets, dlosses, normalisers, logits.shape[1], BIAS=bias is not None, BLOCK=BLOCK, num_warps=8
     )

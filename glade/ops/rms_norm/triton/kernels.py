@@ -1,5 +1,8 @@
 """Rows of channels and their norms on a GPU. A program takes tiles of whole rows; all arithmetic is fp32.
 
+The last rows are the first that are read, by all programs beside each other: those are what the product before wrote
+last, so that some of them are still in the cache, and the product after begins with what is written last here.
+
 With u = x / sqrt(mean(x^2) + eps):
 
     forward     y = weight * u * act(gate + bias);  or with a branch: total = x + branch, y = weight * u(total)
@@ -47,7 +50,7 @@ def rms_norm_kernel(
     heads: tl.constexpr, n: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
     ADD: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * R + tl.arange(0, R)
+    rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * R + tl.arange(0, R)
     columns, inside = columns_of(n, BN)
     live = (rows < num_rows)[:, None] & inside[None, :]
     v = tl.load(x + offsets(rows, columns, heads, x_token, x_head), mask=live, other=0.0).to(tl.float32)
@@ -103,16 +106,17 @@ def rms_norm_backward_kernel(
         at_bias = (tl.arange(0, R) % heads)[:, None] * n + columns[None, :]
         shift = tl.load(bias + at_bias, mask=inside[None, :], other=0.0).to(tl.float32)
         of_bias = tl.zeros([R, BN], tl.float32)
-    rows = tl.program_id(0) * (TILES * R) + tl.arange(0, R)
+    step = tl.num_programs(0) * R
+    rows = (TILES - 1) * step + tl.program_id(0) * R + tl.arange(0, R)
     next_v, next_d, next_z = inputs_of(
         rows, rows < num_rows, columns, inside, dy, dy_token, dy_head, x, x_token, x_head,
         other, other_token, other_head, heads, GATE or ADD,
     )  # fmt: skip
-    for tile in tl.range(0, TILES):
+    for _ in tl.range(0, TILES):
         v, d, z = next_v.to(tl.float32), next_d.to(tl.float32), next_z.to(tl.float32)
         # the next tile is asked for before this one is worked on: a program's own work hides its wait for memory
         next_v, next_d, next_z = inputs_of(
-            rows + R, (rows + R < num_rows) & (tile + 1 < TILES), columns, inside, dy, dy_token, dy_head,
+            rows - step, (rows >= step) & (rows - step < num_rows), columns, inside, dy, dy_token, dy_head,
             x, x_token, x_head, other, other_token, other_head, heads, GATE or ADD,
         )  # fmt: skip
         live = (rows < num_rows)[:, None] & inside[None, :]
@@ -142,7 +146,7 @@ def rms_norm_backward_kernel(
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=live)
         if SPLIT:
             tl.store(dother + at, d.to(dother.dtype.element_ty), mask=live)
-        rows += R
+        rows -= step
     tl.store(parts + tl.program_id(0).to(tl.int64) * n + columns, tl.sum(sums, 0), mask=inside)
     if BIAS:
         at_part = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None] * n + columns[None, :]
