@@ -42,7 +42,7 @@ from glade.ops.linear_attention import recomputing
 from glade.train.config import TrainSettings
 from glade.train.examples import Row
 from glade.train.loss import token_losses
-from glade.train.optim import build_optimizer
+from glade.train.optim import build_optimizer, clip_in_step
 from glade.train.passes import Direct, Recorded, sent
 
 COLUMNS = ["mixer", "contender", "shape", "parameters", "device", "versions", "tokens_per_s", "median_ms", "p20_ms"]
@@ -95,7 +95,7 @@ class Contender:
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             loss = self.loss(ids, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        clip_in_step(self.optimizer, self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()

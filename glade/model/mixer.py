@@ -134,6 +134,16 @@ def second_map(module: nn.Module, z: Tensor) -> Tensor:
     return module[1](z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
 
+def second_map_and_bias(module: nn.Module, z: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`second_map` before its bias, and that, for an op that adds it, and sums its gradient, on the way through memory:
+    autograd sums it in a pass of its own. None where the bias is added already, as by a map that must be called itself.
+    """
+    last = module[1] if isinstance(module, nn.Sequential) else module
+    if last is module or type(last) is not nn.Linear or last._forward_hooks or last._forward_pre_hooks:
+        return second_map(module, z), None
+    return F.linear(z.flatten(0, -2), last.weight).unflatten(0, z.shape[:-1]), last.bias
+
+
 def matmul_flops(module: nn.Module) -> int:
     """2 per weight of every linear map inside `module`: what one token costs in them."""
     return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

@@ -11,9 +11,14 @@ from glade.ops import add_rms_norm, rms_norm
 from glade.ops.short_conv import L2_NORM_EPS
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The precision of gates, norms and states: fp32, or fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def upcast(x: Tensor) -> Tensor:
-    """`x` in the precision of gates, norms and states: fp32, or fp64 for fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    """`x` in `wide_dtype`: a pass over memory, unless it is in it."""
+    return x.to(wide_dtype(x))
 
 
 class RMSNorm(nn.Module):

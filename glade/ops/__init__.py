@@ -16,6 +16,7 @@ from glade.ops.rms_norm import add_rms_norm, rms_norm
 from glade.ops.rnn import rnn
 from glade.ops.rope import rope
 from glade.ops.short_conv import short_conv
+from glade.ops.sigmoid import sigmoid
 from glade.ops.swiglu import swiglu
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "rnn",
     "rope",
     "short_conv",
+    "sigmoid",
     "swiglu",
 ]

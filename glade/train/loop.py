@@ -27,6 +27,7 @@ from glade.errors import GladeError
 from glade.model.lm import LanguageModel
 from glade.ops.linear_attention import recomputing
 from glade.train.config import LoopSettings
+from glade.train.optim import clip_in_step
 from glade.train.resume import Progress
 from glade.train.schedule import learning_rate_factor
 
@@ -191,8 +192,7 @@ class Trainer:
     def _take(self, step: int) -> Taken:
         """The same, not read back."""
         passes = [self._backward(step, part) for part in range(self.settings.accumulate)]
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
+        norm = clip_in_step(self.optimizer, self.model.parameters(), self.settings.clip)
         taken = _taken(step, passes, norm)
         broken = (~(taken.loss.isfinite() & norm.isfinite())).float()
         self.held = broken if self.held is None else torch.maximum(self.held, broken)

@@ -1,7 +1,9 @@
 """AdamW with the right groups: what is a map between spaces decays, what is a scale, a bias or a code does not."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glade.train.config import LoopSettings
 
@@ -44,3 +46,14 @@ def build_optimizer(model: nn.Module, settings: LoopSettings, lr: float) -> torc
         eps=settings.eps,
         fused=True,
     )
+
+
+def clip_in_step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip: float) -> Tensor:
+    """The norm of all gradients; where it is above `clip` (0: never) the next step scales them down to it.
+
+    A fused optimiser does so on its way through them, by what a gradient scaler would tell it: a pass over all
+    gradients less than `nn.utils.clip_grad_norm_`.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else None  # type: ignore[attr-defined]
+    return norm

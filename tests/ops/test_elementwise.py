@@ -49,6 +49,10 @@ CASES = {
     ),
     "silu gate": Case(gated("silu"), heads),
     "sigmoid gate": Case(gated("sigmoid"), heads),
+    "gate with a bias": Case(
+        lambda x, w, gate, bias, backend: rms_norm(x, w, eps=1e-5, gate=gate, gate_bias=bias, backend=backend),
+        lambda n: [*heads(n), torch.randn(3, n)],
+    ),
 }
 FAST = [(name, backend) for name in CASES for backend in ("cpu", "torch")]
 
@@ -166,8 +170,8 @@ def test_custom_op_contracts() -> None:
     torch.library.opcheck(ops.swiglu_cpu.default, (x,))
     torch.library.opcheck(ops.log_decay_cpu.default, (x, w, w, "softplus"))
     torch.library.opcheck(ops.log_decay_cpu.default, (x, w, None, "logsigmoid"))
-    torch.library.opcheck(ops.rms_norm_cpu.default, (x, w, None, "silu", 1e-5, torch.float32))
-    torch.library.opcheck(ops.rms_norm_cpu.default, (x, w, x, "sigmoid", 1e-5, torch.bfloat16))
+    torch.library.opcheck(ops.rms_norm_cpu.default, (x, w, None, None, "silu", 1e-5, torch.float32))
+    torch.library.opcheck(ops.rms_norm_cpu.default, (x, w, x, None, "sigmoid", 1e-5, torch.bfloat16))
     torch.library.opcheck(ops.add_rms_norm_cpu.default, (x, x, w, 1e-5, torch.bfloat16))
 
 
@@ -200,6 +204,10 @@ def test_decays_of_bfloat16_are_fp32(backend) -> None:
         (lambda: log_decay(torch.zeros(3, 4), rate=torch.ones(4), form="relu"), "form is 'relu'"),  # type: ignore[arg-type]
         (lambda: rms_norm(torch.zeros(3, 4), torch.ones(3), eps=1e-5), r"weight has shape \[3\]; give \[4\]"),
         (lambda: rms_norm(torch.zeros(4), torch.ones(4), eps=0.1, gate=torch.ones(3)), r"gate is .* \[3\]"),
+        (
+            lambda: rms_norm(torch.zeros(2, 4), torch.ones(4), eps=0.1, gate=torch.ones(2, 4), gate_bias=torch.ones(4)),
+            r"gate_bias has shape \[4\]",
+        ),
         (lambda: rms_norm(torch.zeros(4), torch.ones(4), eps=0.1, dtype=torch.int64), "dtype is torch.int64"),
         (lambda: add_rms_norm(torch.zeros(4), torch.zeros(3), torch.ones(4), eps=0.1), r"y is .* \[3\]; give"),
     ],

@@ -1,5 +1,5 @@
-"""The GPU kernels of rms_norm, swiglu, log_decay and rope against the definitions in fp64: on the device, and in
-Triton's interpreter on the CPU."""
+"""The GPU kernels of rms_norm, swiglu, sigmoid, log_decay and rope against the definitions in fp64: on the device, and
+in Triton's interpreter on the CPU."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ WIDTHS = (1, 7, 128, 300)
 
 def added(x, y, weight):
     total = x + y
-    return rms_norm_reference.rms_norm(total, weight, None, "silu", 1e-5, x.dtype), total
+    return rms_norm_reference.rms_norm(total, weight, None, None, "silu", 1e-5, x.dtype), total
 
 
 def cases(n):
@@ -25,19 +25,28 @@ def cases(n):
     tokens, heads = (2, 37), (2, 37, 3)
 
     def norm(activation):
-        return lambda x, weight, gate=None: rms_norm_reference.rms_norm(x, weight, gate, activation, 1e-5, x.dtype)
+        def run(x, weight, gate=None, bias=None):
+            return rms_norm_reference.rms_norm(x, weight, gate, bias, activation, 1e-5, x.dtype)
+
+        return run
 
     def decay(form):
         return lambda z, rate, bias=None: log_decay_reference.log_decay(z, rate, bias, form)
+
+    def of_constant_rate(z, bias):
+        return decay("logsigmoid")(z, torch.full_like(bias, 0.1), bias)
 
     return {
         "norm": ([(*tokens, n), (n,)], norm("silu")),
         "silu": ([(*heads, n), (n,), (*heads, n)], norm("silu")),
         "sigmoid": ([(*heads, n), (n,), (*heads, n)], norm("sigmoid")),
+        "gate with a bias": ([(2, 37, 4, n), (n,), (2, 37, 4, n), (4, n)], norm("silu")),
         "add": ([(*tokens, n), (*tokens, n), (n,)], added),
         "swiglu": ([(*tokens, 2 * n)], swiglu_reference.swiglu),
+        "sigmoid alone": ([(*tokens, n)], torch.sigmoid),
         "softplus": ([(*tokens, n), (n,), (n,)], decay("softplus")),
         "logsigmoid": ([(*tokens, n), (n,)], decay("logsigmoid")),
+        "logsigmoid, constant rate": ([(*tokens, n), (n,)], of_constant_rate),
         "rope": ([(*heads, n)], turned(eager.rope, n - n % 2)),
         "rope, part": ([(*heads, n)], turned(eager.rope, n // 3 * 2, of_rows=True)),
     }
@@ -58,16 +67,20 @@ def kernels(n):
     from glade.ops.log_decay.triton.op import log_decay
     from glade.ops.rms_norm.triton.op import add_rms_norm, rms_norm
     from glade.ops.rope.triton.op import rope
+    from glade.ops.sigmoid.triton.op import sigmoid
     from glade.ops.swiglu.triton.op import swiglu
 
     return {
-        "norm": lambda x, weight: rms_norm(x, weight, None, "silu", 1e-5, x.dtype),
-        "silu": lambda x, weight, gate: rms_norm(x, weight, gate, "silu", 1e-5, x.dtype),
-        "sigmoid": lambda x, weight, gate: rms_norm(x, weight, gate, "sigmoid", 1e-5, x.dtype),
+        "norm": lambda x, weight: rms_norm(x, weight, None, None, "silu", 1e-5, x.dtype),
+        "silu": lambda x, weight, gate: rms_norm(x, weight, gate, None, "silu", 1e-5, x.dtype),
+        "sigmoid": lambda x, weight, gate: rms_norm(x, weight, gate, None, "sigmoid", 1e-5, x.dtype),
+        "gate with a bias": lambda x, weight, gate, b: rms_norm(x, weight, gate, b, "silu", 1e-5, x.dtype),
         "add": lambda x, y, weight: add_rms_norm(x, y, weight, 1e-5, x.dtype),
         "swiglu": swiglu,
+        "sigmoid alone": sigmoid,
         "softplus": lambda z, rate, bias: log_decay(z, rate, bias, "softplus"),
         "logsigmoid": lambda z, rate: log_decay(z, rate, None, "logsigmoid"),
+        "logsigmoid, constant rate": lambda z, b: log_decay(z, torch.full_like(b, 0.1), b, "logsigmoid"),
         "rope": turned(rope, n - n % 2),
         "rope, part": turned(rope, n // 3 * 2, of_rows=True),
     }
@@ -162,6 +175,18 @@ def in_the_interpreter():
             assert error <= TOLERANCES[torch.float32].gradient, (name, scale, error)
     mixed_dtypes("cpu")
     no_tokens()
+    several_tiles_a_program()
+
+
+def several_tiles_a_program():
+    """As where there are programs enough; the last of them have rows for some of their tiles only."""
+    from glade.ops.log_decay.triton import op as of_log_decay
+    from glade.ops.rms_norm.triton import op as of_rms_norm
+
+    of_log_decay.PROGRAMS = of_rms_norm.PROGRAMS = 2
+    for name in ("norm", "silu", "gate with a bias", "add", "softplus", "logsigmoid, constant rate"):
+        error = worst(name, 300, "cpu", torch.float32)
+        assert error <= TOLERANCES[torch.float32].gradient, (name, error)
 
 
 def no_tokens():

@@ -6,7 +6,7 @@ import torch
 from glade.model.config import MIXERS, ModelConfig
 from glade.model.lm import LanguageModel
 from glade.train.config import TrainSettings
-from glade.train.optim import build_optimizer, parameter_groups, peak_learning_rate
+from glade.train.optim import build_optimizer, clip_in_step, parameter_groups, peak_learning_rate
 
 
 def build(mixer="gdn2", **changes):
@@ -47,6 +47,25 @@ def test_decay_moves_only_what_decays():
     for name, p in model.named_parameters():
         expected = before[name] * 0.95 if name in decayed else before[name]
         torch.testing.assert_close(p.detach(), expected)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3, 1e3])
+def test_a_step_that_clips(clip):
+    """Is torch's clipping and a step, and to the bit where nothing is clipped."""
+    models = [build(), build()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(model, TrainSettings(), lr=0.1) for model in models]
+    for seed in range(3):
+        for model in models:
+            generator = torch.Generator().manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+        norm = clip_in_step(optimizers[0], models[0].parameters(), clip)
+        assert norm == torch.nn.utils.clip_grad_norm_(models[1].parameters(), clip or float("inf"))
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, right in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, right, rtol=0 if clip != 0.3 else 1e-5, atol=0 if clip != 0.3 else 1e-6)
 
 
 def test_peak_learning_rate():

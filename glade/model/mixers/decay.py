@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glade.model.mixer import first_map, projection, second_map
+from glade.model.mixer import first_map, projection, second_map, second_map_and_bias
 from glade.model.mixers.linear import Gates, Linear
-from glade.model.norm import upcast
+from glade.model.norm import upcast, wide_dtype
 from glade.model.published import LinearOptions
 from glade.ops import log_decay
 
@@ -22,7 +22,7 @@ class RetNet(Linear):
     """g = log(1 - 2^(-5-h)) for head h: constant, no parameters."""
 
     def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
-        head = torch.arange(self.options.num_v_heads, device=k.device, dtype=upcast(k).dtype)
+        head = torch.arange(self.options.num_v_heads, device=k.device, dtype=wide_dtype(k))
         g = torch.log1p(-torch.exp2(-5 - head))
         return Gates(g.expand(*k.shape[:-2], -1))
 
@@ -48,6 +48,7 @@ class GLA(Linear):
             between = F.silu(z[0]) if self.options.gate_rank else z[0]
             g = F.logsigmoid(upcast(second_map(self.decay_proj, between)) / n)
         else:
-            rate = k.new_full((self.key_dim,), 1 / n, dtype=upcast(k).dtype)
-            g = log_decay(second_map(self.decay_proj, z[0]), rate=rate, form="logsigmoid")
+            rate = k.new_full((self.key_dim,), 1 / n, dtype=wide_dtype(k))
+            z0, bias = second_map_and_bias(self.decay_proj, z[0])
+            g = log_decay(z0, rate=rate, bias=bias, form="logsigmoid")
         return Gates(self._over_value_heads(g.unflatten(-1, (self.options.num_heads, -1))))

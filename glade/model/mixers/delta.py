@@ -26,7 +26,7 @@ from glade.model.mixer import KeepsFloat32, first_map, projection, second_map
 from glade.model.mixers.linear import Gates, Linear
 from glade.model.norm import upcast
 from glade.model.published import LinearOptions
-from glade.ops import log_decay
+from glade.ops import log_decay, sigmoid
 
 
 class Delta(Linear):
@@ -152,8 +152,8 @@ class GatedDeltaNet2(LearnedDecay, Linear):
 
     def gates(self, z: Sequence[Tensor], k: Tensor) -> Gates:
         o = self.options
-        erase = self._over_value_heads(torch.sigmoid(z[0]).unflatten(-1, (o.num_heads, -1)))
-        write = torch.sigmoid(z[1]).unflatten(-1, (o.num_v_heads, -1))
+        erase = self._over_value_heads(sigmoid(z[0]).unflatten(-1, (o.num_heads, -1)))
+        write = sigmoid(z[1]).unflatten(-1, (o.num_v_heads, -1))
         if o.kaczmarz:
             step = kaczmarz_step(z[3], k, o)[..., None]
             erase, write = (self._stepped(gate, step) for gate in (erase, write))

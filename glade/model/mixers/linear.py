@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glade.model.mixer import Mixer, first_map, joint, matmul_dtype, matmul_flops, projection, second_map
+from glade.model.mixer import Mixer, first_map, joint, matmul_dtype, matmul_flops, projection, second_map_and_bias
 from glade.model.norm import RMSNorm, l2norm, make_norm
 from glade.model.published import Activation, FeatureMap, LinearOptions
 from glade.ops import linear_attention, linear_attention_step_, rms_norm, rope
@@ -42,6 +42,16 @@ class Gates(NamedTuple):
     g: Tensor | None = None  # [..., HV] or [..., HV, K], natural log
     erase: Tensor | None = None  # [..., HV] or [..., HV, K]
     write: Tensor | None = None  # [..., HV] or [..., HV, V]
+
+
+class OutputGate(NamedTuple):
+    """Before its activation: z [..., HV * V], and the bias [HV * V] that is still to be added, or None."""
+
+    z: Tensor
+    bias: Tensor | None
+
+    def whole(self) -> Tensor:
+        return self.z if self.bias is None else self.z + self.bias.to(self.z.dtype)
 
 
 class Linear(Mixer):
@@ -125,13 +135,13 @@ class Linear(Mixer):
     def _convs(self) -> tuple["ShortConvolution", "ShortConvolution", "ShortConvolution"]:
         return self.q_conv, self.k_conv, self.v_conv
 
-    def _read(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    def _read(self, x: Tensor) -> tuple[Tensor, list[Tensor], OutputGate | None]:
         """What is made of x: q, k and v side by side; the inputs of `gates`; the input of the output gate."""
         qkv, *z = joint(x, *self._maps_of_x())
         if self.output_gate_proj is None:
             return qkv, z, None
         *z, gate = z
-        return qkv, z, second_map(self.output_gate_proj, gate)
+        return qkv, z, OutputGate(*second_map_and_bias(self.output_gate_proj, gate))
 
     def _maps_of_x(self) -> list[Sequence[nn.Linear]]:
         maps = [(self.q_proj, self.k_proj, self.v_proj), *self.gate_maps()]
@@ -170,18 +180,20 @@ class Linear(Mixer):
         o = self.options
         return rope(x, positions, theta=o.rope_theta, dims=round(o.head_dim * o.rope_fraction))
 
-    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
-        """o [..., HV, V], gate [..., HV * V] -> y [..., D]."""
+    def _output(self, o: Tensor, gate: OutputGate | None) -> Tensor:
+        """o [..., HV, V] -> y [..., D]."""
         activation = self.options.output_gate
         if gate is None or activation == "absent":
             return self.o_proj(self.output_norm(o).flatten(-2))
         if type(self.output_norm) is RMSNorm:
             weight, eps = self.output_norm.weight, self.output_norm.eps
-            gate, dtype = gate.unflatten(-1, (self.options.num_v_heads, -1)), matmul_dtype(o)
-            y = rms_norm(o, weight, eps=eps, gate=gate, gate_activation=activation, dtype=dtype)
+            z, bias = (None if x is None else x.unflatten(-1, (self.options.num_v_heads, -1)) for x in gate)
+            dtype = matmul_dtype(o)
+            y = rms_norm(o, weight, eps=eps, gate=z, gate_bias=bias, gate_activation=activation, dtype=dtype)
             return self.o_proj(y.flatten(-2))
         y = self.output_norm(o).flatten(-2)
-        return self.o_proj(y * (F.silu(gate) if activation == "silu" else torch.sigmoid(gate)))
+        z = gate.whole()
+        return self.o_proj(y * (F.silu(z) if activation == "silu" else torch.sigmoid(z)))
 
     def init_state(self, batch: int) -> LinearState:
         weight = self.o_proj.weight

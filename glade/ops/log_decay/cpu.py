@@ -22,7 +22,9 @@ def _forward(z: Tensor, rate: Tensor, bias: Tensor | None, form: str) -> Tensor:
     return g
 
 
-def _backward(dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: str) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: str, of_rate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     width = z.shape[-1]
     dz, sums = z.new_empty(z.shape), rate.new_empty(2, width, dtype=torch.float32)
     dg, z, parameters = rows_of(dg, width), rows_of(z, width), _parameters(rate, bias)

@@ -1,6 +1,6 @@
 """RMSNorm over the last axis, with an optional gate on what it answers.
 
-    y = weight * x / sqrt(mean(x^2) + eps) * act(gate)
+    y = weight * x / sqrt(mean(x^2) + eps) * act(gate + gate_bias)
 
 One op for the norm of the residual stream and for the gated norm of a mixer's heads, because the gate is read and
 multiplied in the same pass over memory. It writes the dtype that the next matrix product reads.
@@ -35,16 +35,18 @@ def rms_norm(
     *,
     eps: float,
     gate: Tensor | None = None,
+    gate_bias: Tensor | None = None,
     gate_activation: GateActivation = "silu",
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps), times act(gate) where there is one; fp32 inside (fp64 for fp64 inputs).
+    """weight * x / sqrt(mean(x^2) + eps), times act(gate + gate_bias) if gated; fp32 inside (fp64 for fp64 inputs).
 
     Args:
         x:       [..., n]
         weight:  [n]
         gate:    like x, or None
+        gate_bias: [heads, n], the last two axes of gate; None is zeros. Here its gradient costs no pass of its own
         gate_activation: "silu" or "sigmoid"
         dtype:   of y, floating-point; None: x's
         backend: "reference", "torch", "cpu" (fp32 and bf16 on the CPU), "triton" (on NVIDIA GPUs), or
@@ -59,12 +61,17 @@ def rms_norm(
     _check(x, weight, dtype)
     if gate is not None and (gate.shape != x.shape or not gate.is_floating_point()):
         raise ValueError(f"gate is {gate.dtype} of shape {list(gate.shape)}; give floating-point {list(x.shape)}")
+    if gate_bias is not None and (gate is None or gate_bias.shape != gate.shape[-2:]):
+        raise ValueError(f"gate_bias has shape {list(gate_bias.shape)}; give the last two axes of a gate, or None")
     if gate_activation not in ("silu", "sigmoid"):
         raise ValueError(f"gate_activation is {gate_activation!r}; give 'silu' or 'sigmoid'")
     dtype = x.dtype if dtype is None else dtype
     dtypes = (x.dtype, dtype, x.dtype if gate is None else gate.dtype)
-    run = BACKENDS[choose("rms_norm", BACKENDS, backend, x.device, *dtypes)].run
-    return run(x, weight, gate, gate_activation, eps, dtype)
+    chosen = choose("rms_norm", BACKENDS, backend, x.device, *dtypes)
+    fused = chosen != "cpu" and (chosen != "triton" or triton.takes_bias(x))
+    if gate is not None and gate_bias is not None and not fused:
+        gate, gate_bias = gate + gate_bias.to(gate.dtype), None
+    return BACKENDS[chosen].run(x, weight, gate, gate_bias, gate_activation, eps, dtype)
 
 
 def add_rms_norm(
@@ -92,7 +99,7 @@ def add_rms_norm(
     if chosen in ("cpu", "triton"):
         return (cpu if chosen == "cpu" else triton).add_rms_norm(x, y, weight, eps, dtype)
     total = (x + y).to(x.dtype)
-    return BACKENDS[chosen].run(total, weight, None, "silu", eps, dtype), total
+    return BACKENDS[chosen].run(total, weight, None, None, "silu", eps, dtype), total
 
 
 def _check(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:

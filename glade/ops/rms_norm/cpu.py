@@ -15,8 +15,15 @@ def _heads(x: Tensor, gate: Tensor | None) -> int:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    gate_activation: str,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
+    assert gate_bias is None, "it is added to the gate before"
     y = x.new_empty(x.shape, dtype=dtype)
     heads = _heads(x, gate)
     width = heads * x.shape[-1]
@@ -31,9 +38,15 @@ def _flat(x: Tensor | None, width: int) -> Tensor | None:
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and gate, the last empty where there was none."""
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    gate_activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, gate and its bias, the last two empty where there was none."""
     heads = _heads(x, gate)
     width = heads * x.shape[-1]
     dx = x.new_empty(x.shape)
@@ -45,7 +58,7 @@ def _backward(
     )
     kind, rows = _KINDS[gate_activation], x.numel() // max(width, 1)
     call("rms_norm_backward", *matrices, rows=rows, width=width, heads=heads, kind=kind, eps=eps, sums=sums)
-    return dx, sums.view(heads, -1).sum(0).to(weight.dtype), dgate
+    return dx, sums.view(heads, -1).sum(0).to(weight.dtype), dgate, weight.new_empty(0)
 
 
 rms_norm = register("cpu", _forward, _backward)

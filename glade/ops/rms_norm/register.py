@@ -2,8 +2,9 @@
 
 A backend gives plain functions on tensors; neither sees autograd, and `torch.compile` sees neither:
 
-    forward(x, weight, gate, gate_activation, eps, dtype) -> y
-    backward(dy, x, weight, gate, gate_activation, eps) -> gradients of x, weight and gate (empty where there was none)
+    forward(x, weight, gate, gate_bias, gate_activation, eps, dtype) -> y
+    backward(dy, x, weight, gate, gate_bias, gate_activation, eps) -> gradients of x, weight, gate and its bias (empty
+        where there was none)
 
 and for the sum before the norm
 
@@ -24,24 +25,26 @@ Run = Callable[..., Tensor]
 RunAdd = Callable[..., tuple[Tensor, Tensor]]
 
 
-def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Run:
+def register(name: str, forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, ...]]) -> Run:
     """Defines `glade::rms_norm_{name}` and its backward, and returns the call behind the contract."""
 
-    def like(x, weight, gate, gate_activation, eps, dtype):
+    def like(x, weight, gate, gate_bias, gate_activation, eps, dtype):
         return x.new_empty(x.shape, dtype=dtype)
 
-    def gradients_like(dy, x, weight, gate, gate_activation, eps):
+    def gradients_like(dy, x, weight, gate, gate_bias, gate_activation, eps):
         dgate = x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-        return x.new_empty(x.shape), weight.new_empty(weight.shape), dgate
+        dbias = weight.new_empty(0) if gate_bias is None else gate_bias.new_empty(gate_bias.shape)
+        return x.new_empty(x.shape), weight.new_empty(weight.shape), dgate, dbias
 
     def save(ctx, inputs, output):
-        x, weight, gate, ctx.gate_activation, ctx.eps, _ = inputs
-        ctx.save_for_backward(x, weight, gate)
+        x, weight, gate, gate_bias, ctx.gate_activation, ctx.eps, _ = inputs
+        ctx.save_for_backward(x, weight, gate, gate_bias)
 
     def gradients(backward, ctx, dy):
-        x, weight, gate = ctx.saved_tensors
-        dx, dweight, dgate = backward(dy, x, weight, gate, ctx.gate_activation, ctx.eps)
-        return dx, dweight, None if gate is None else dgate, None, None, None
+        x, weight, gate, gate_bias = ctx.saved_tensors
+        dx, dweight, dgate, dbias = backward(dy, x, weight, gate, gate_bias, ctx.gate_activation, ctx.eps)
+        dgate, dbias = None if gate is None else dgate, None if gate_bias is None else dbias
+        return dx, dweight, dgate, dbias, None, None, None
 
     return differentiable(
         f"rms_norm_{name}", forward, backward, like=like, gradients_like=gradients_like, save=save, gradients=gradients

@@ -11,26 +11,30 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096  # words of the vocabulary at a time
+WORDS = 8  # of a thread: 16 bytes of bf16
 
 
 @triton.jit
 def losses_kernel(
     logits, bias, targets, losses, normalisers, vocab,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    row = tl.num_programs(0) - 1 - tl.program_id(0)  # the last were written last, and are still in the cache
     logits += row.to(tl.int64) * vocab
     target = tl.load(targets + row)
-    highest = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    # of each few words that a thread reads at once the maximum, by which what was summed before is scaled: an exp a
+    # word, and one more each few words. They meet after the loop
+    highest = tl.full([BLOCK // WORDS], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK // WORDS], tl.float32)
     for first in tl.range(0, vocab, BLOCK):
-        words = first + tl.arange(0, BLOCK)
+        words = first + tl.arange(0, BLOCK // WORDS)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         z = tl.load(logits + words, mask=words < vocab, other=-float("inf")).to(tl.float32)
         if BIAS:
             z += tl.load(bias + words, mask=words < vocab, other=0.0).to(tl.float32)
-        # each lane its own maximum: they meet once, after the loop
-        higher = tl.maximum(highest, z)
-        total = tl.where(higher > -float("inf"), total * tl.exp(highest - higher) + tl.exp(z - higher), 0.0)
+        higher = tl.maximum(highest, tl.max(z, 1))
+        # where all are -inf there is nothing to add
+        base = tl.where(higher > -float("inf"), higher, 0.0)
+        total = total * tl.exp(highest - base) + tl.sum(tl.exp(z - base[:, None]), 1)
         highest = higher
     top = tl.max(highest, 0)
     normaliser = top + tl.log(tl.sum(tl.where(highest > -float("inf"), total * tl.exp(highest - top), 0.0), 0))
@@ -46,7 +50,8 @@ def gradients_kernel(
     logits, bias, targets, dlosses, normalisers, vocab,
     BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, words = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    program, across = tl.num_programs(0) - 1 - tl.program_id(0), tl.cdiv(vocab, BLOCK)
+    row, words = program // across, program % across * BLOCK + tl.arange(0, BLOCK)
     logits += row.to(tl.int64) * vocab
     target = tl.load(targets + row)
     dloss = tl.where(target >= 0, tl.load(dlosses + row), 0.0)
@@ -60,14 +65,15 @@ def gradients_kernel(
 def losses_of(logits: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor, normalisers: Tensor) -> None:
     """Writes losses and normalisers [n] fp32 of logits [n, vocab]; a negative target's loss is 0."""
     losses_kernel[(len(logits),)](
-        logits, bias, targets, losses, normalisers, logits.shape[1], BIAS=bias is not None, BLOCK=BLOCK, num_warps=8
-    )
+        logits, bias, targets, losses, normalisers, logits.shape[1],
+        BIAS=bias is not None, BLOCK=BLOCK, WORDS=WORDS, num_warps=8,
+    )  # fmt: skip
 
 
 def gradients_in_place(
     logits: Tensor, bias: Tensor | None, targets: Tensor, dlosses: Tensor, normalisers: Tensor
 ) -> None:
     """Logits [n, vocab] become their gradient, in their dtype."""
-    gradients_kernel[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
+    gradients_kernel[(len(logits) * triton.cdiv(logits.shape[1], BLOCK),)](
         logits, bias, targets, dlosses, normalisers, logits.shape[1], BIAS=bias is not None, BLOCK=BLOCK, num_warps=8
     )

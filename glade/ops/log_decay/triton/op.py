@@ -15,10 +15,11 @@ from torch import Tensor
 from glade.ops.linear_attention.triton.launch import device_of
 from glade.ops.linear_attention.triton.sums import sum_of_programs
 from glade.ops.log_decay.register import register
+from glade.ops.short_conv.triton.kernels import sigmoid
 
 TILE = 2048  # elements of a tile
 MAX_CHANNELS = 256  # of a tile
-MAX_TILES = 16  # of the backward, whose sums one program makes
+MAX_TILES = 4  # of the backward, whose sums one program makes; few, so that programs wait for memory in turns
 PROGRAMS = 512  # that a GPU should have at least, or a program of the backward takes fewer tiles
 
 
@@ -33,11 +34,12 @@ def argument(z, z_stride, bias, rows, columns, live, width, BIAS: tl.constexpr, 
 
 @triton.jit
 def softplus(x, e):
-    """max(x, 0) + log(1 + e) for e = exp(-|x|) to full precision, from one division and no logarithm.
+    """max(x, 0) + log(1 + e) for e = exp(-|x|) to full precision, from one root and no logarithm.
 
-    log(1 + e) = 2 atanh(s) for s = e / (2 + e) <= 1/3, of whose series in s^2 the first term left out is < 2e-9.
+    log(1 + e) = 2 atanh(s) for s = e / (2 + e) <= 1/3, of whose series in s^2 the first term left out is < 2e-9. A
+    division takes many more instructions than a root.
     """
-    s = e / (2 + e)
+    s = e * tl.rsqrt((2 + e) * (2 + e))
     square = s * s
     series = 1 / 15 + square * (1 / 17)
     series = 1 / 13 + square * series
@@ -65,7 +67,8 @@ def log_decay_kernel(
 @triton.jit
 def log_decay_backward_kernel(
     dg, dg_stride, z, z_stride, rate, bias, dz, parts_of_rate, parts_of_bias, num_rows, width,
-    BIAS: tl.constexpr, SIGN: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
+    BIAS: tl.constexpr, SIGN: tl.constexpr, OF_RATE: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     of_rate, of_bias = tl.zeros([R, BC], tl.float32), tl.zeros([R, BC], tl.float32)
@@ -76,14 +79,17 @@ def log_decay_backward_kernel(
         x = argument(z, z_stride, bias, rows, columns, live, width, BIAS, SIGN)
         d = tl.load(dg + rows.to(tl.int64)[:, None] * dg_stride + columns[None, :], mask=live, other=0.0)
         d = d.to(tl.float32)
-        e = tl.exp(-tl.abs(x))
-        of_rate -= d * softplus(x, e)
-        d *= scale * tl.where(x < 0, e, 1.0) / (1 + e)
-        of_bias += d
+        if OF_RATE:
+            of_rate -= d * softplus(x, tl.exp(-tl.abs(x)))
+        d *= scale * sigmoid(x)
+        if BIAS:
+            of_bias += d
         tl.store(dz + rows.to(tl.int64)[:, None] * width + columns[None, :], d.to(dz.dtype.element_ty), mask=live)
     at = tl.program_id(0).to(tl.int64) * width + columns
-    tl.store(parts_of_rate + at, tl.sum(of_rate, 0), mask=columns < width)
-    tl.store(parts_of_bias + at, tl.sum(of_bias, 0), mask=columns < width)
+    if OF_RATE:
+        tl.store(parts_of_rate + at, tl.sum(of_rate, 0), mask=columns < width)
+    if BIAS:
+        tl.store(parts_of_bias + at, tl.sum(of_bias, 0), mask=columns < width)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -110,9 +116,10 @@ def _forward(z: Tensor, rate: Tensor, bias: Tensor | None, form: str) -> Tensor:
     return g
 
 
-def _backward(dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: str) -> tuple[Tensor, Tensor, Tensor]:
-    dz = z.new_empty(z.shape)
-    of_bias = rate if bias is None else bias
+def _backward(
+    dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: str, of_rate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dz, of_bias = z.new_empty(z.shape), rate if bias is None else bias
     if z.numel() == 0:
         return dz, torch.zeros_like(rate), torch.zeros_like(of_bias)
     rows, dg, cut = _rows(z), _rows(dg), _cut(z, bias, form)
@@ -123,10 +130,11 @@ def _backward(dg: Tensor, z: Tensor, rate: Tensor, bias: Tensor | None, form: st
     with device_of(z):
         log_decay_backward_kernel[(blocks, across)](
             dg, dg.stride(0), rows, rows.stride(0), *_parameters(rate, bias), dz, *parts, *rows.shape,
-            TILES=tiles, **cut,
+            OF_RATE=of_rate, TILES=tiles, **cut,
         )  # fmt: skip
-    drate, dbias = map(sum_of_programs, parts)
-    return dz, drate.to(rate.dtype), dbias.to(of_bias.dtype)
+    drate = sum_of_programs(parts[0]).to(rate.dtype) if of_rate else torch.empty_like(rate)
+    dbias = torch.empty_like(rate) if bias is None else sum_of_programs(parts[1]).to(bias.dtype)
+    return dz, drate, dbias
 
 
 def _tiles_of_a_program(down: int, across: int) -> int:

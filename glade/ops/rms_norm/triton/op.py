@@ -13,14 +13,35 @@ from glade.ops.parts import gradient_like
 from glade.ops.rms_norm.register import register, register_add
 from glade.ops.rms_norm.triton.kernels import rms_norm_backward_kernel, rms_norm_kernel
 
-TILE = 2048  # elements of a tile of rows, if a row is no longer
-TILES = 16  # of the backward, whose gradients of the weight one program sums
+# elements of a tile of rows, if a row is no longer; the backward has the next tile in registers, too
+FORWARD_TILE, BACKWARD_TILE = 2048, 1024
+# Tiles of a program of the backward, which sums the gradients of the weight, and programs that a GPU should have at
+# least, or they take fewer tiles. So 32,768 tokens of 1,024 channels are about as many programs as run at once: with a
+# gate, and no bias to sum for, the kernel has 63 registers, else 96.
+MAX_TILES, MAX_TILES_GATED = 64, 32
+PROGRAMS = 512
+MAX_TOKEN = 4096  # elements of a token's heads, all in one tile, where a bias of the gate has a gradient
 
 
-def _cut(n: int) -> dict[str, int]:
+def takes_bias(x: Tensor) -> bool:
+    """Whether the gate of x may have a bias: the heads of a token are to fill a tile, or part of it."""
+    heads, n = x.shape[-2:] if x.dim() > 1 else (1, len(x))
+    return heads.bit_count() == 1 and heads * triton.next_power_of_2(max(n, 1)) <= MAX_TOKEN
+
+
+def _cut(n: int, tile: int, least_rows: int = 1) -> dict[str, int]:
     """Rows and channels of a tile, and warps for it."""
     BN = triton.next_power_of_2(max(n, 1))
-    return {"R": max(1, TILE // BN), "BN": BN, "num_warps": min(16, max(4, BN // 512))}
+    R = max(least_rows, tile // BN)
+    return {"R": R, "BN": BN, "num_warps": min(16, max(4, 4 * R * BN // tile))}
+
+
+def _tiles_of_a_program(tiles: int, most: int) -> int:
+    """A power of two, so that few kernels are compiled."""
+    of_one = most
+    while of_one > 1 and triton.cdiv(tiles, of_one) < PROGRAMS:
+        of_one //= 2
+    return of_one
 
 
 def _rows(x: Tensor | None, heads: int) -> tuple[Tensor | None, int, int]:
@@ -38,16 +59,24 @@ def _heads(x: Tensor, gate: str | None) -> int:
 
 
 def _run_forward(
-    x: Tensor, other: Tensor | None, weight: Tensor, y: Tensor, total: Tensor | None, eps: float, gate: str | None
+    x: Tensor,
+    other: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    total: Tensor | None,
+    eps: float,
+    gate: str | None,
 ) -> None:
     if y.numel() == 0:
         return
-    heads, n, cut = _heads(x, gate), x.shape[-1], _cut(x.shape[-1])
+    heads, n, cut = _heads(x, gate), x.shape[-1], _cut(x.shape[-1], FORWARD_TILE)
     num_rows = x.numel() // n
     with device_of(x):
         rms_norm_kernel[(triton.cdiv(num_rows, cut["R"]),)](
-            *_rows(x, heads), *_rows(other, heads), weight.contiguous(), y, total, num_rows, heads, n, eps,
-            GATE=gate is not None, SILU=gate == "silu", ADD=total is not None, **cut,
+            *_rows(x, heads), *_rows(other, heads), weight.contiguous(), _contiguous(bias), y, total, num_rows, eps,
+            heads=heads, n=n, GATE=gate is not None, SILU=gate == "silu", BIAS=bias is not None,
+            ADD=total is not None, **cut,
         )  # fmt: skip
 
 
@@ -56,48 +85,74 @@ def _run_backward(
     x: Tensor,
     other: Tensor | None,
     weight: Tensor,
+    bias: Tensor | None,
     dx: Tensor,
     dother: Tensor | None,
     eps: float,
     gate: str | None,
-) -> Tensor:
-    """Writes the gradients of rows; returns the gradient of the weight."""
+) -> tuple[Tensor, Tensor]:
+    """Writes the gradients of rows; returns those of the weight and of the gate's bias, empty where there is none."""
     n, heads = x.shape[-1], _heads(x, gate)
     if x.numel() == 0:
-        return torch.zeros_like(weight)
-    cut, num_rows = _cut(n), x.numel() // n
-    parts = weight.new_empty(triton.cdiv(num_rows, TILES * cut["R"]), n, dtype=torch.float32)
+        return torch.zeros_like(weight), weight.new_empty(0) if bias is None else torch.zeros_like(bias)
+    cut, num_rows = _cut(n, BACKWARD_TILE, 1 if bias is None else heads), x.numel() // n
+    most = MAX_TILES_GATED if gate is not None and bias is None else MAX_TILES
+    tiles = _tiles_of_a_program(triton.cdiv(num_rows, cut["R"]), most)
+    parts = weight.new_empty(triton.cdiv(num_rows, tiles * cut["R"]), n, dtype=torch.float32)
+    parts_of_bias = None if bias is None else parts.new_empty(len(parts) * cut["R"] // heads, heads, n)
     with device_of(x):
         rms_norm_backward_kernel[(len(parts),)](
-            *_rows(dy, heads), *_rows(x, heads), *_rows(other, heads), weight.contiguous(),
-            dx, *_rows(dother, heads), parts, num_rows, heads, n, eps,
-            GATE=gate is not None, SILU=gate == "silu", ADD=gate is None and other is not None,
-            SPLIT=gate is None and dother is not None, TILES=TILES, **cut,
+            *_rows(dy, heads), *_rows(x, heads), *_rows(other, heads), weight.contiguous(), _contiguous(bias),
+            dx, *_rows(dother, heads), parts, parts_of_bias, num_rows, eps,
+            heads=heads, n=n, GATE=gate is not None, SILU=gate == "silu", BIAS=bias is not None,
+            ADD=gate is None and other is not None,
+            SPLIT=gate is None and dother is not None, TILES=tiles, **cut,
         )  # fmt: skip
-    return sum_of_programs(parts).to(weight.dtype)
+    dbias = weight.new_empty(0)
+    if bias is not None and parts_of_bias is not None:
+        dbias = sum_of_programs(parts_of_bias).to(bias.dtype)
+    return sum_of_programs(parts).to(weight.dtype), dbias
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _forward(
-    x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    gate_activation: str,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     y = x.new_empty(x.shape, dtype=dtype)
-    _run_forward(x, gate, weight, y, None, eps, None if gate is None else gate_activation)
+    _run_forward(x, gate, weight, gate_bias, y, None, eps, None if gate is None else gate_activation)
     return y
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, gate_activation: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    gate_activation: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape)
     if gate is None:
-        return dx, _run_backward(dy, x, None, weight, dx, None, eps, None), x.new_empty(0)
+        dweight, dbias = _run_backward(dy, x, None, weight, None, dx, None, eps, None)
+        return dx, dweight, x.new_empty(0), dbias
     dgate = gradient_like(gate)
-    return dx, _run_backward(dy, x, gate, weight, dx, dgate, eps, gate_activation), dgate
+    dweight, dbias = _run_backward(dy, x, gate, weight, gate_bias, dx, dgate, eps, gate_activation)
+    return dx, dweight, dgate, dbias
 
 
 def _add_forward(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     normed, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape)
-    _run_forward(x, y, weight, normed, total, eps, None)
+    _run_forward(x, y, weight, None, normed, total, eps, None)
     return normed, total
 
 
@@ -106,7 +161,7 @@ def _add_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = total.new_empty(total.shape)
     dy = None if y_dtype == total.dtype else total.new_empty(total.shape, dtype=y_dtype)
-    dweight = _run_backward(dnormed, total, dtotal, weight, dx, dy, eps, None)
+    dweight, _ = _run_backward(dnormed, total, dtotal, weight, None, dx, dy, eps, None)
     return dx, total.new_empty(0) if dy is None else dy, dweight
 
 
