@@ -160,6 +160,14 @@ def test_weights_of_8_bits(mixer, batch):
     assert_steps_agree(quantize(make(mixer, torch.bfloat16)), batch, tokens=enough(batch))
 
 
+@gpu
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+@pytest.mark.parametrize("mixer", ["gdn", "gdn2"])
+def test_sizes_of_8_bits(mixer, batch):
+    model = quantize(make(mixer, torch.bfloat16, dim=512, num_heads=4, head_dim=128))
+    assert_steps_agree(model, batch, tokens=enough(batch))
+
+
 def check_slots(layers):
     """Rows in any order, some of them resting."""
     options = {"window": 3} if "swa" in layers else {}
