@@ -478,6 +478,9 @@ def in_the_interpreter():
     # rows enough for torch's product
     assert_steps_agree(make("gdn", norm="layernorm", ffn="gelu", ffn_bias=True, **small), 17, tokens=2)
     assert_steps_agree(make("kda", norm="rmsnorm_eps_outside", **small), 16, tokens=1)
+    # heads that multiply by the second factors of their gates themselves, and too many for that
+    for batch in (2, 34):
+        assert_steps_agree(make("gdn2", dim=32, num_heads=4, head_dim=16, num_layers=1), batch, tokens=1)
     assert_steps_agree(quantize(make("gla", **small)), 2, tokens=2)
     assert_steps_agree(make("swa", qk_norm=True, attention_gate=True, window=2, **small), 2)
     from glade.infer.captured import draw as drawing
