@@ -142,12 +142,13 @@ class Product(NamedTuple):
         """What `product.finish` is told of the convolution, and its constants."""
         constants = dict(ACT=self.activation, TARGET=self.target, BIAS=self.matrix.bias is not None)
         if self.convolution is None:
-            return (None, None, 0, 0), constants | dict(CONV=False, W=1, SILU=False)
+            return (None, None, 0, 0), constants | dict(CONV=False, W=1, STEPS=1, SILU=False)
         taps, layer, silu = self.convolution
         past = run.pasts[layer]
         assert past is not None
         channels, W = taps.shape
-        return (taps, past, past.stride(0), channels), constants | dict(CONV=True, W=W, SILU=silu)
+        steps = triton.next_power_of_2(max(W - 1, 1))
+        return (taps, past, past.stride(0), channels), constants | dict(CONV=True, W=W, STEPS=steps, SILU=silu)
 
     def _suits_library(self) -> bool:
         """Whether torch's product does it: not of int8, nor where logits would be rounded to the weights' dtype."""
