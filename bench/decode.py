@@ -10,11 +10,13 @@ Random weights, no checkpoint; logits with a standard deviation of 4. Percentile
     engine   one step of the engine, everything included: the forward, the sampling of each row by its own rules, the
              copy to the host, the listeners. Steps in which all rows decode and nobody's prompt is read
     step     the decode step alone, greedy, a token on the device into the next: on a GPU replays of its graph
-    fla      `step` in turns with flash-linear-attention's model of 24 layers of 1,024 through its own cache, on a GPU
+    fla      `step` in turns with flash-linear-attention's model of the same shape through its own cache, on a GPU;
+             FLA's has read a prompt of `--prompt` tokens
     profile  `step` on a GPU, kernel by kernel (printed, no row)
     prefill  a text of `--long` tokens: read as the engine reads it, in pieces, beside one training forward
     seen     the engine's time to the first token of a prompt of 30,000 ids that it has read before, and of a fresh one
-    flat     memory while `--tokens` tokens are generated, by requests of 200 each
+    flat     memory while `--tokens` tokens are generated, by requests of 200 each, at the largest batch: the first
+             reading is after a tenth of them; its row goes to a file of its own beside `--out`, named ..._flat.csv
 """
 
 import argparse
@@ -30,10 +32,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glade.infer.captured.graphs import Graphs
 from glade.infer.config import SamplingParams
@@ -50,6 +52,23 @@ RESULTS = Path(__file__).parent / "results" / "decode.csv"
 COLUMNS = ["what", "model", "parameters", "dtype", "device", "threads", "versions", "path", "sampling", "batch"]
 COLUMNS += ["prompt_tokens", "steps", "step_ms", "p10_ms", "p90_ms", "tokens_per_s", "state_bytes", "peak_bytes"]
 COLUMNS += ["command"]
+FLAT = [
+    "model",
+    "parameters",
+    "dtype",
+    "device",
+    "threads",
+    "versions",
+    "path",
+    "batch",
+    "tokens",
+    "requests",
+    "seconds",
+]
+FLAT += ["tokens_per_s", "readings", "state_bytes", "cache_bytes"]
+# of each kind of memory the first reading, the last and the largest
+MEMORY = ["resident", "allocated", "reserved", "device_used"]
+FLAT += [f"{which}_{memory}_bytes" for memory in MEMORY for which in ("first", "last", "most")] + ["command"]
 SAMPLING = {
     "greedy": SamplingParams(temperature=0, max_new_tokens=2**31),
     "plain": SamplingParams(temperature=1.0, seed=1, max_new_tokens=2**31),
@@ -89,14 +108,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(args: argparse.Namespace, mixer: str) -> LanguageModel:
+def build(args: argparse.Namespace, mixer: str, **options: int) -> LanguageModel:
     torch.manual_seed(0)
     # heads of 128 channels where the width allows it; GLA's values twice as wide as its keys, as published
     wide = {"num_heads": args.dim // 256, "head_dim": 128, "head_dim_v": 256} if mixer == "gla" else {}
     heads = {"num_heads": args.dim // 128, **wide} if args.dim % 256 == 0 and args.dim >= 1024 else {}
     window = args.window if "swa" in mixer else None
     config = ModelConfig(
-        layers=mixer, num_layers=args.layers, dim=args.dim, vocab_size=args.vocab, window=window, **heads
+        layers=mixer, num_layers=args.layers, dim=args.dim, vocab_size=args.vocab, window=window, **(heads | options)
     )
     with torch.device(args.device):
         model = LanguageModel(config).eval()
@@ -180,36 +199,58 @@ def stepper(model: LanguageModel, batch: int, *, overlap: bool = True) -> tuple[
 
 
 def beside_fla(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
-    for batch in args.batches:
-        (run, state), peer = stepper(model, batch), fla_stepper(args, mixer, batch)
-        ours, theirs = [], []
-        for _ in range(2 + args.steps):
-            ours.append(1e2 * seconds(args.device, lambda run=run: [run() for _ in range(10)]))
-            theirs.append(1e3 / 3 * seconds(args.device, lambda peer=peer: [peer() for _ in range(3)]))
-        report(args, model, mixer, "step, in turns with fla", ours[2:], batch, state.nbytes, sampling="greedy")
-        name = f"fla {version('flash-linear-attention')}"
-        report(args, model, mixer, "step", theirs[2:], batch, 0, sampling="greedy", path=name)
+    """Ours is as wide as FLA's inside. FLA's head is not tied to its embedding, which a step does not read."""
+    if not args.device.startswith("cuda") or (args.dim, args.vocab, args.dtype) != (1024, 32_000, "bfloat16"):
+        raise SystemExit(
+            "--parts fla is of --device cuda --dtype bfloat16 --dim 1024 --vocab 32000 (train_gpu.fla_model)"
+        )
+    from train_gpu import HIDDEN, fla_model
 
-
-def fla_stepper(args: argparse.Namespace, mixer: str, batch: int) -> Callable[[], object]:
-    """As `stepper`, after a prompt; its head is not tied to its embedding, which a step does not read."""
-    if not args.device.startswith("cuda") or (args.dim, args.vocab) != (1024, 32_000):
-        raise SystemExit("--parts fla needs --device cuda, --dim 1024 and --vocab 32000: its models are built so")
-    from train_gpu import fla_model
-
+    model = build(args, mixer, ffn_dim=HIDDEN)
     shape = argparse.Namespace(layers=args.layers, tokens=4096, device=args.device, lift_refusal=False)
     with torch.device(args.device):
-        model, _ = fla_model(mixer, shape)
-    model = model.to(torch.bfloat16).eval()
-    prompt = torch.ones(batch, max(1, args.prompt), dtype=torch.long, device=args.device)
-    with torch.no_grad():
-        answer = model(input_ids=prompt, use_cache=True)
-    given = [answer.logits[:, -1:].argmax(-1), answer.past_key_values]
+        peer = fla_model(mixer, shape)[0].to(torch.bfloat16).eval()
+    size, name = sum(p.numel() for p in peer.parameters()), f"fla {version('flash-linear-attention')}"
+    for batch in args.batches:
+        (ours, state), theirs = stepper(model, batch), fla_stepper(peer, batch, args.prompt, args.device)
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(2 + args.steps):
+            times[0].append(1e2 * seconds(args.device, lambda run=ours: [run() for _ in range(10)]))
+            times[1].append(1e3 / 3 * seconds(args.device, lambda run=theirs: [run() for _ in range(3)]))
+        what = "step, in turns with fla"
+        report(args, model, mixer, what, times[0][2:], batch, state.nbytes, sampling="greedy")
+        report(
+            args,
+            model,
+            mixer,
+            what,
+            times[1][2:],
+            batch,
+            0,
+            sampling="greedy",
+            prompt=args.prompt,
+            path=name,
+            size=size,
+        )
+        ratio = statistics.median(times[1][2:]) / statistics.median(times[0][2:])
+        print(f"{mixer:12} batch {batch:3}: {ratio:.1f} times {name}", flush=True)
+
+
+def fla_stepper(model: nn.Module, batch: int, prompt_tokens: int, device: str) -> Callable[[], object]:
+    """As `stepper`, after a prompt. It is read 64 tokens at a time, which FLA's recurrent kernels do: those for longer
+    pieces would be tuned for minutes first, and leave the same cache."""
 
     @torch.no_grad()
+    def read(ids: Tensor, past: object) -> list[Any]:
+        answer = model(input_ids=ids, past_key_values=past, use_cache=True)
+        return [answer.logits[:, -1:].argmax(-1), answer.past_key_values]
+
+    given: list[Any] = [None, None]
+    for piece in torch.ones(batch, max(1, prompt_tokens), dtype=torch.long, device=device).split(64, 1):
+        given = read(piece, given[1])
+
     def step() -> None:
-        answer = model(input_ids=given[0], past_key_values=given[1], use_cache=True)
-        given[:] = [answer.logits[:, -1:].argmax(-1), answer.past_key_values]
+        given[:] = read(*given)
 
     return step
 
@@ -302,20 +343,20 @@ def report(
     prompt: int = 0,
     tokens: int | None = None,
     path: str | None = None,
+    size: int | None = None,
 ) -> None:
-    """One row: `times` in ms, each of which made `tokens` tokens (a batch), by a step's path or another one."""
+    """One row: `times` in ms, each of which made `tokens` tokens (a batch), by a step's path or another one.
+
+    size: parameters, if it is another model's
+    """
     median, tokens = statistics.median(times), tokens or batch
     deciles = statistics.quantiles(times, n=10) if len(times) > 1 else times
     cuda = args.device.startswith("cuda")
     step = decode_step(model)
     row = {
         "what": what,
-        "model": f"{mixer} {args.layers} x {args.dim}, vocabulary {args.vocab}",
-        "parameters": model.num_parameters(),
-        "dtype": args.dtype,
-        "device": torch.cuda.get_device_name() if cuda else processor(),
-        "threads": args.threads,
-        "versions": f"torch {torch.__version__}, python {platform.python_version()}",
+        **common(args, model, mixer),
+        "parameters": size or model.num_parameters(),
         "path": path or step.path,
         "sampling": sampling,
         "batch": batch,
@@ -327,7 +368,6 @@ def report(
         "tokens_per_s": f"{1e3 * tokens / median:.1f}",
         "state_bytes": state_bytes,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else "",
-        "command": "python bench/decode.py " + " ".join(sys.argv[1:]),
     }
     print(
         f"{mixer:12} {what} {row['path']} {sampling:8} batch {batch:3}: {row['tokens_per_s']:>9} tokens/s, "
@@ -337,22 +377,43 @@ def report(
     )
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    append(args, args.out, COLUMNS, row)
+
+
+def common(args: argparse.Namespace, model: LanguageModel, mixer: str) -> dict[str, object]:
+    """The columns that every row has."""
+    return {
+        "model": f"{mixer} {args.layers} x {args.dim}, vocabulary {args.vocab}",
+        "parameters": model.num_parameters(),
+        "dtype": args.dtype,
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else processor(),
+        "threads": args.threads,
+        "versions": f"torch {torch.__version__}, python {platform.python_version()}",
+        "command": "python bench/decode.py " + " ".join(sys.argv[1:]),
+    }
+
+
+def append(args: argparse.Namespace, path: Path, columns: list[str], row: dict[str, object]) -> None:
     if args.no_csv:
         return
-    args.out.parent.mkdir(exist_ok=True)
-    fresh = not args.out.exists()
-    with args.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    path.parent.mkdir(exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow(row)
 
 
 def flat(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
-    """Requests of 200 new tokens, one after the other in every slot, until `--tokens` are generated."""
-    batch, tokens = args.batches[-1], args.tokens
-    engine = Engine(model, max_batch=batch, max_waiting=batch, cache_bytes=2**21)
-    served, start = 0, time.perf_counter()
+    """Requests of 200 new tokens, one after the other in every slot, until `--tokens` are generated.
+
+    The prefix cache has room for a few dozen states, so that it is full soon.
+    """
+    batch, tokens = max(args.batches), args.tokens
+    engine = Engine(model, max_batch=batch, max_waiting=batch, cache_bytes=24 * model.state_bytes(1))
+    served, steps, start = 0, 0, time.perf_counter()
+    readings: list[dict[str, int]] = []
     marks = [tokens * i // 10 for i in range(1, 11)]
     while marks:
         while engine.stats().waiting < batch:
@@ -361,18 +422,54 @@ def flat(args: argparse.Namespace, model: LanguageModel, mixer: str) -> None:
             engine.submit(Request(prompt=prompt, params=params), _nobody)
             served += 1
         engine.step()
+        steps += 1
         stats = engine.stats()
-        if stats.generated_tokens >= marks[0]:
+        at_mark = stats.generated_tokens >= marks[0]
+        if at_mark or (readings and steps % 64 == 0):
+            readings.append(memory(args.device))
+        if at_mark:
             marks.pop(0)
-            device = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
+            now = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in readings[-1].items())
             print(
                 f"{mixer} {stats.generated_tokens:9} tokens in {time.perf_counter() - start:.1f} s, "
-                f"{served - stats.waiting} requests: resident {resident_bytes() / 2**20:.1f} MiB, on the device "
-                f"{device / 2**20:.1f} MiB, states {stats.state_bytes} B, cache {stats.cache_bytes} B in "
-                f"{stats.cached_prefixes} prefixes",
+                f"{served - stats.waiting} requests: MiB {now}; states {stats.state_bytes} B, cache "
+                f"{stats.cache_bytes} B in {stats.cached_prefixes} prefixes",
                 flush=True,
             )
+    elapsed, stats = time.perf_counter() - start, engine.stats()
+    row = common(args, model, mixer) | {
+        "path": decode_step(model).path,
+        "batch": batch,
+        "tokens": stats.generated_tokens,
+        "requests": served - stats.waiting,
+        "seconds": f"{elapsed:.1f}",
+        "tokens_per_s": f"{stats.generated_tokens / elapsed:.0f}",
+        "readings": len(readings),
+        "state_bytes": stats.state_bytes,
+        "cache_bytes": stats.cache_bytes,
+    }
+    for name in MEMORY:
+        sizes = [reading[name] for reading in readings]
+        row |= {f"{which}_{name}_bytes": x for which, x in zip(("first", "last", "most"), _span(sizes), strict=True)}
+        print(
+            f"{mixer} {name}: first {sizes[0]} B, last {sizes[-1]} B, at most {max(sizes)} B of {len(sizes)} readings"
+        )
+    append(args, args.out.with_name(f"{args.out.stem}_flat.csv"), FLAT, row)
     engine.close()
+
+
+def _span(sizes: list[int]) -> tuple[int, int, int]:
+    return sizes[0], sizes[-1], max(sizes)
+
+
+def memory(device: str) -> dict[str, int]:
+    """Bytes: of this process, of torch's tensors on the device, of what torch holds there, of all that is in use."""
+    sizes = dict.fromkeys(MEMORY, 0) | {"resident": resident_bytes()}
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info()
+        sizes["allocated"], sizes["reserved"] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        sizes["device_used"] = total - free
+    return sizes
 
 
 def resident_bytes() -> int:

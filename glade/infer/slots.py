@@ -47,7 +47,7 @@ class _Batch(NamedTuple):
     most_tops: int
     program: "Program | None"  # of a GPU, to be recorded
     kind: Hashable  # of recorded steps, those that do the same
-    draw: Callable[..., Tensor] | None  # of a GPU, what draws and writes the report where nothing is put in order
+    draw: Callable[..., Tensor] | None  # of a GPU, what draws and writes the report where it is few kernels
     live: Tensor  # [B] int64: 1, or 0 where the row's slot is a resting one
     tensors: list[Tensor]  # what a recorded step reads of all this
 
@@ -274,6 +274,10 @@ class Slots:
         resting = [] if program is not None else [slot for slot, taken in zip(rows, live, strict=True) if not taken]
         tops = [min(params.logprobs, self.vocab_size) for params in self.params if params is not None]
         most_tops = max(tops)
+        # few kernels sum a log-probability in their own order: padded, its bits would tell what rules others have
+        draw = None if program is None or self.padded else program.drawing(rules[0], most_tops)
+        # what there is to do: those kernels do the same however many tokens are left
+        work = rules[0][5:] if draw is None else (rules[0].drawn, rules[0].widest > 0)
         return _Batch(
             slots=None if everybody else slots,
             taken=taken,
@@ -284,9 +288,8 @@ class Slots:
             tops=tops,
             most_tops=most_tops,
             program=program,
-            kind=(len(rows), *rules[0][5:], most_tops, self.seen is None, self._endings and self._endings.most_stops),
-            # few kernels sum a log-probability in their own order: padded, its bits would tell what rules others have
-            draw=None if program is None or self.padded else program.drawing(rules[0], most_tops),
+            kind=(len(rows), *work, most_tops, self.seen is None, self._endings and self._endings.most_stops),
+            draw=draw,
             live=occupied,
             tensors=[slots, occupied, seeds, *rules[0][:5]],
         )

@@ -160,6 +160,14 @@ def test_weights_of_8_bits(mixer, batch):
     assert_steps_agree(quantize(make(mixer, torch.bfloat16)), batch, tokens=enough(batch))
 
 
+@gpu
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+@pytest.mark.parametrize("mixer", ["gdn", "gdn2"])
+def test_sizes_of_8_bits(mixer, batch):
+    model = quantize(make(mixer, torch.bfloat16, dim=512, num_heads=4, head_dim=128))
+    assert_steps_agree(model, batch, tokens=enough(batch))
+
+
 def check_slots(layers):
     """Rows in any order, some of them resting."""
     options = {"window": 3} if "swa" in layers else {}
@@ -231,7 +239,7 @@ def test_a_recorded_step_draws_what_the_step_draws(layers, dtype):
     check_recorded(layers, dtype)
 
 
-def check_draws(batch, vocab):
+def check_draws(batch, vocab, restricted=False):
     """The kernels draw what the sampler draws of the same logits."""
     from glade.infer.captured.draw import draw_, suits
 
@@ -242,6 +250,9 @@ def check_draws(batch, vocab):
     positions = torch.randint(2**40, (2 * batch,), generator=generator).to(DEVICE)
     settings = [(0.0, 0.0), (1.0, 0.0), (0.7, 0.1), (1.5, 0.02)]
     params = [SamplingParams(temperature=t, min_p=p) for t, p in (settings * batch)[:batch]]
+    if restricted:
+        limits = [(0, 0.9), (5, 1.0), (0, 0.3), (3, 0.8), (0, 1.0), (1, 0.5), (10**6, 0.999), (40, 0.95)]
+        params = [replace(p, top_k=limits[i % 8][0], top_p=limits[i % 8][1]) for i, p in enumerate(params)]
     rules, unread = (
         rules_of([settings_of(p, vocab) for p in params], logits.device),
         torch.full((2 * batch,), -1, device=DEVICE),
@@ -258,6 +269,31 @@ def check_draws(batch, vocab):
     logits[0, 1] = float("nan")
     bits = draw_(logits, rules, seeds, slots, positions, unread)[0]
     assert 0 <= bits[0] < vocab and bits[1].to(torch.int32).view(torch.float32).isnan()
+
+
+def check_equal_tokens():
+    """As many of equal tokens as top-k and top-p ask for, those with the lowest ids: the sampler leaves open which."""
+    from glade.infer.captured.draw import draw_
+
+    rows = 32
+    logits = torch.tensor([0.0, 3, 3, -1, 3, 3, -torch.inf], device=DEVICE).repeat(rows, 1)
+    seeds, slots = torch.arange(rows, device=DEVICE), torch.arange(rows, device=DEVICE)
+    positions, unread = torch.zeros_like(slots), torch.zeros_like(slots)
+    # the four are 0.983 of all
+    cases = [
+        ({"top_k": 1}, {1}),
+        ({"top_k": 3}, {1, 2, 4}),
+        ({"top_p": 0.49}, {1, 2}),
+        ({"top_p": 0.5}, {1, 2, 4}),
+        ({"top_p": 1e-40}, {1}),
+        ({"top_k": 2, "top_p": 0.5}, {1}),
+        ({"top_k": 6, "top_p": 0.9}, {1, 2, 4, 5}),
+        ({"top_k": 7, "top_p": 0.9}, {1, 2, 4, 5}),
+    ]
+    for options, kept in cases:
+        params = SamplingParams(temperature=1.0, **options)
+        rules = rules_of([settings_of(params, 7)] * rows, logits.device)
+        assert set(draw_(logits, rules, seeds, slots, positions, unread)[:, 0].tolist()) == kept, options
 
 
 def check_endings(logits, rules, seeds, slots, positions, ids):
@@ -281,6 +317,12 @@ def check_endings(logits, rules, seeds, slots, positions, ids):
 def test_draws(vocab):
     for batch in (1, 3, 64):
         check_draws(batch, vocab)
+        check_draws(batch, vocab, restricted=True)
+
+
+@gpu
+def test_draws_among_equal_tokens():
+    check_equal_tokens()
 
 
 def check_ended_states(layers, dtype=torch.float32, **options):
@@ -436,10 +478,20 @@ def in_the_interpreter():
     # rows enough for torch's product
     assert_steps_agree(make("gdn", norm="layernorm", ffn="gelu", ffn_bias=True, **small), 17, tokens=2)
     assert_steps_agree(make("kda", norm="rmsnorm_eps_outside", **small), 16, tokens=1)
+    # heads that multiply by the second factors of their gates themselves, and too many for that
+    for batch in (2, 34):
+        assert_steps_agree(make("gdn2", dim=32, num_heads=4, head_dim=16, num_layers=1), batch, tokens=1)
     assert_steps_agree(quantize(make("gla", **small)), 2, tokens=2)
     assert_steps_agree(make("swa", qk_norm=True, attention_gate=True, window=2, **small), 2)
-    check_draws(5, 71)
-    check_draws(2, 7)
+    from glade.infer.captured import draw as drawing
+
+    for restricted in (False, True):
+        check_draws(5, 71, restricted)
+        check_draws(8, 300, restricted)
+        check_draws(2, 7, restricted)
+    check_equal_tokens()
+    drawing._WIDE = 64  # a row of a larger vocabulary is looked at part by part
+    check_draws(8, 300, restricted=True)
     check_ended_states("gdn softmax", **(small | {"num_layers": 2}))
     model = make(**small)
     few = [replace(params, max_new_tokens=4) for params in MIXED[:4]]

@@ -1,4 +1,4 @@
-"""Drawing on a GPU in three kernels, where nothing is put in order: no top-k, top-p, penalty, or list of tops."""
+"""Drawing on a GPU in three or four kernels, where there is no penalty and no list of tops."""
 
 # Triton is not installed everywhere, and its types know nothing of launches: a kernel's constexpr takes plain numbers
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -13,10 +13,11 @@ from glade.infer.endings import Endings
 from glade.infer.sampler import Rules
 
 _PARTS = 32
+_WIDE = 2**13  # numbers of a row that a program looks at together
 
 
 def suits(rules: Rules, most_tops: int) -> bool:
-    return not (rules.widest or rules.penalized or most_tops)
+    return not (rules.penalized or most_tops)
 
 
 def draw_(
@@ -49,10 +50,19 @@ def draw_(
     overlap = overlapping(logits.device)
     stride, grid = logits.stride(0), (B, parts)
     kernels.tops_kernel[grid](logits, stride, vocab, tops, top_ids, sums, BLOCK=block, PARTS=parts, **overlap)
+    kept = (None, None, None)
+    if rules.widest:
+        masses, floors = torch.empty(B, vocab, device=logits.device), torch.empty(B, device=logits.device)
+        kept = (masses, floors, torch.empty(B, dtype=torch.int32, device=logits.device))
+        wide = min(triton.next_power_of_2(vocab), _WIDE)
+        kernels.restrict_kernel[(B,)](
+            logits, stride, vocab, tops, rules.temperature, rules.top_k, rules.top_p, *kept,
+            PARTS=parts, BLOCK=wide, num_warps=max(1, wide // 512), **overlap,
+        )  # fmt: skip
     if rules.drawn:
         kernels.noise_kernel[grid](
-            logits, stride, vocab, tops, rules.temperature, rules.min_p, seeds, slots, positions, bests, best_ids,
-            BLOCK=block, PARTS=parts, INTERPRETED=logits.device.type == "cpu", **overlap,
+            logits, stride, vocab, tops, rules.temperature, *kept, rules.min_p, seeds, slots, positions,
+            bests, best_ids, BLOCK=block, PARTS=parts, INTERPRETED=logits.device.type == "cpu", **overlap,
         )  # fmt: skip
     kernels.choose_kernel[(B,)](
         logits, stride, vocab, tops, top_ids, sums, bests, best_ids, rules.temperature, slots, unread, report,

@@ -25,6 +25,7 @@ _FINISHED = 256  # columns of a program behind it
 _LARGEST_STATE_TILE = 128 * 128
 # more programs than processors: few enough registers of a thread that two programs of 256 share one
 _CROWDED, _HEADS_REGISTERS = 132, 128
+_MOST_FACTOR_BYTES = 2**15  # of each of two second factors that a head holds in registers beside its state
 
 
 class Run(NamedTuple):
@@ -141,12 +142,13 @@ class Product(NamedTuple):
         """What `product.finish` is told of the convolution, and its constants."""
         constants = dict(ACT=self.activation, TARGET=self.target, BIAS=self.matrix.bias is not None)
         if self.convolution is None:
-            return (None, None, 0, 0), constants | dict(CONV=False, W=1, SILU=False)
+            return (None, None, 0, 0), constants | dict(CONV=False, W=1, STEPS=1, SILU=False)
         taps, layer, silu = self.convolution
         past = run.pasts[layer]
         assert past is not None
         channels, W = taps.shape
-        return (taps, past, past.stride(0), channels), constants | dict(CONV=True, W=W, SILU=silu)
+        steps = triton.next_power_of_2(max(W - 1, 1))
+        return (taps, past, past.stride(0), channels), constants | dict(CONV=True, W=W, STEPS=steps, SILU=silu)
 
     def _suits_library(self) -> bool:
         """Whether torch's product does it: not of int8, nor where logits would be rounded to the weights' dtype."""
@@ -216,22 +218,41 @@ class LinearHeads(NamedTuple):
     kaczmarz_eps: float = 0.0
     output_gate: int = 0
     log_theta: float = 0.0
+    second: Product | None = None  # what makes the decays and output gates; few rows' heads do it themselves
 
     def launch(self, run: Run) -> None:
         H, HV, K, V = self.shape
+        decay, output_gate, factors, factors_bias, rank = self.decay, self.output_gate, None, None, 0
+        if self.second is not None:
+            if self._are_factored(len(run.ids)):
+                decay, output_gate = self.second.source, self.second.source + self.second.shift
+                factors, _, factors_bias = self.second.matrix
+                rank = self.second.matrix.columns
+            else:
+                self.second.launch(run)
         layer = run.state.layers[self.layer]
         KP, VP = triton.next_power_of_2(K), triton.next_power_of_2(V)
         BV = min(VP, max(_LARGEST_STATE_TILE // KP, 1))
         registers = _HEADS_REGISTERS if len(run.ids) * HV > _CROWDED else None
         heads.heads_kernel[(len(run.ids) * HV,)](
-            run.workspace, run.stride, self.q, self.k, self.v, self.decay, self.erase, self.write, self.output_gate,
+            run.workspace, run.stride, self.q, self.k, self.v, decay, self.erase, self.write, output_gate,
             run.at(self.output), run.stride, run.slots, run.state.position, run.live, layer.length,
             layer.recurrent, self.a_log, self.dt_bias, self.norm.weight, self.norm.bias, self.norm.eps, self.scale,
-            self.decay_constant, self.kaczmarz_eps, self.log_theta,
+            self.decay_constant, self.kaczmarz_eps, self.log_theta, factors, factors_bias,
             HV, HV // H, HV // self.decay_heads,
             K=K, V=V, KP=KP, BV=BV, NUM_V=triton.cdiv(V, BV), NORM=self.norm.kind, AFFINE=self.norm.weight is not None,
-            **self.settings, **run.overlap, num_warps=8, maxnreg=registers,
+            RANK=rank, **self.settings, **run.overlap, num_warps=8, maxnreg=registers,
         )  # fmt: skip
+
+    def _are_factored(self, num_rows: int) -> bool:
+        """Whether the heads take the place of `second`: a kernel less, whose weights are read ahead of the wait. Every
+        program holds its head's: only where there are registers, and few programs that read the same ones."""
+        assert self.second is not None
+        _, HV, K, V = self.shape
+        matrix, widest = self.second.matrix, triton.next_power_of_2(max(K, V))
+        fits = widest * matrix.columns * matrix.values.element_size() <= _MOST_FACTOR_BYTES
+        even = matrix.columns == triton.next_power_of_2(matrix.columns) and widest <= 128
+        return fits and even and matrix.scales is None and num_rows * HV <= _CROWDED
 
 
 class AttentionHeads(NamedTuple):

@@ -46,7 +46,10 @@ def lower_linear(b: "Builder", mixer: Linear, layer: int, norm: nn.Module | None
     convolution = _convolution(b, mixer, layer)
     q, k, v, *places = b.project(maps, norm, convolution)
     gate_places, factor_places = places[: len(gates.maps)], places[len(gates.maps) :]
-    factor_places = _second_factors(b, factored, factor_places, gates.silu_between)
+    factor_places, second = _second_factors(b, factored, factor_places, gates.silu_between)
+    if second is not None and not gates.decay_channels:
+        b.add(second)
+        second = None
     y = b.place(mixer.value_dim)
     settings = {
         "SILU": convolution is None and o.activation == "silu",
@@ -83,6 +86,7 @@ def lower_linear(b: "Builder", mixer: Linear, layer: int, norm: nn.Module | None
             kaczmarz_eps=o.kaczmarz_eps,
             output_gate=0 if mixer.output_gate_proj is None else factor_places[-1],
             log_theta=math.log(o.rope_theta),
+            second=second,
         )
     )
     b.add_to_stream(mixer.o_proj, y)
@@ -98,11 +102,13 @@ def _convolution(b: "Builder", mixer: Linear, layer: int) -> Convolution | None:
     return Convolution(taps, layer, mixer.options.activation == "silu")
 
 
-def _second_factors(b: "Builder", modules: list[nn.Module], places: list[int], silu: bool) -> list[int]:
+def _second_factors(
+    b: "Builder", modules: list[nn.Module], places: list[int], silu: bool
+) -> tuple[list[int], Product | None]:
     """Where the answers of full-rank or low-rank maps are, given those of their first factors.
 
     The second factors of two maps become one product where their shapes allow it: the second half of its columns reads
-    its input further on.
+    its input further on. It is handed back: it is not yet an instruction.
     """
     second = [cast(nn.Linear, m[1]) if isinstance(m, nn.Sequential) else None for m in modules]
     low_rank = [m for m in second if m is not None]
@@ -113,8 +119,8 @@ def _second_factors(b: "Builder", modules: list[nn.Module], places: list[int], s
             matrix = b.weights.together([first, other])
             place, boundary = b.place(matrix.rows), first.out_features
             shift = places[1] - places[0]
-            b.add(Product(matrix, places[0], place, matrix.rows, boundary=boundary, shift=shift))
-            return [place, place + boundary]
+            both = Product(matrix, places[0], place, matrix.rows, boundary=boundary, shift=shift)
+            return [place, place + boundary], both
     answers = []
     for module, source in zip(second, places, strict=True):
         if module is None:
@@ -125,7 +131,7 @@ def _second_factors(b: "Builder", modules: list[nn.Module], places: list[int], s
         # only a decay's factors have something between them
         activation = before if not answers[:-1] else product.AS_IT_IS.value
         b.add(Product(matrix, source, answers[-1], matrix.rows, before=activation))
-    return answers
+    return answers, None
 
 
 def _no_gates(mixer: Linear) -> Gates:

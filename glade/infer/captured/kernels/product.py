@@ -57,27 +57,45 @@ def scaled(y, scales, bias, columns, inside, INT8: tl.constexpr, BIAS: tl.conste
 
 
 @triton.jit
-def convolve(y, taps, past, past_stride, slot, columns, live, channels, W: tl.constexpr, SILU: tl.constexpr):
+def read_past(
+    taps, past, past_stride, slots, rows, columns, row_live, channels,
+    CONV: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Where rows sit, what the short convolution of the first `channels` columns remembers of them [M, BN, STEPS], and
+    its taps: all this may be read ahead of the wait. STEPS: a power of two, at least W - 1."""
+    slot, before, weights, last = 0, 0.0, 0.0, 0.0
+    if CONV:
+        convolved = columns < channels
+        steps = tl.arange(0, STEPS)
+        kept = convolved[:, None] & (steps < W - 1)[None, :]
+        weights = tl.load(taps + columns[:, None] * W + steps[None, :], mask=kept, other=0.0)
+        last = tl.load(taps + columns * W + W - 1, mask=convolved, other=0.0)
+        slot = tl.load(slots + rows, mask=row_live, other=0)
+        at = slot[:, None, None] * past_stride + columns[None, :, None] * (W - 1) + steps[None, None, :]
+        before = tl.load(past + at, mask=row_live[:, None, None] & kept[None, :, :], other=0.0)
+    return slot, before, weights, last
+
+
+@triton.jit
+def convolve(
+    y, slot, before, weights, last, past, past_stride, columns, live, channels,
+    W: tl.constexpr, STEPS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
     """The short convolution of the first `channels` columns; their past moves on. The rest is left as it is."""
-    live = live & (columns < channels)[None, :]
-    at = past + slot[:, None] * past_stride + columns[None, :] * (W - 1)
-    tap = taps + columns * W
-    sum = y * tl.load(tap + W - 1, mask=columns < channels, other=0.0)[None, :].to(tl.float32)
-    for j in tl.static_range(0, W - 1):
-        before = tl.load(at + j, mask=live, other=0.0).to(tl.float32)
-        sum += before * tl.load(tap + j, mask=columns < channels, other=0.0)[None, :].to(tl.float32)
-    for j in tl.static_range(0, W - 2):
-        after = tl.load(at + j + 1, mask=live, other=0.0)
-        # a tile's threads need not hold the same numbers in a load and in a store
-        tl.debug_barrier()
-        tl.store(at + j, after, mask=live)
-        tl.debug_barrier()
+    convolved = (columns < channels)[None, :]
+    sum = y * last[None, :].to(tl.float32) + tl.sum(before.to(tl.float32) * weights[None, :, :].to(tl.float32), 2)
     if W > 1:
+        live = live & convolved
+        steps = tl.arange(0, STEPS)
+        at = past + slot[:, None] * past_stride + columns[None, :] * (W - 1)
+        moved = live[:, :, None] & ((steps > 0) & (steps < W - 1))[None, None, :]
+        # others may hold the same numbers, and must have read them
         tl.debug_barrier()
+        tl.store(at[:, :, None] + steps[None, None, :] - 1, before, mask=moved)
         tl.store(at + W - 2, y.to(past.dtype.element_ty), mask=live)
     if SILU:
         sum *= tl.sigmoid(sum)
-    return tl.where((columns < channels)[None, :], sum, y)
+    return tl.where(convolved, sum, y)
 
 
 @triton.jit
@@ -93,10 +111,10 @@ def activated(y, gate, ACT: tl.constexpr):
 
 @triton.jit
 def finish(
-    y, gate, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns, row_live,
+    y, gate, scales, bias, slot, before, weights, last, past, past_stride, out, out_stride, rows, columns, row_live,
     N, channels,
     ACT: tl.constexpr, TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr,
-    W: tl.constexpr, SILU: tl.constexpr,
+    W: tl.constexpr, STEPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     inside = columns < N
     live = row_live[:, None] & inside[None, :]
@@ -107,8 +125,7 @@ def finish(
     else:
         y = scaled(y, scales, bias, columns, inside, INT8, BIAS)
     if CONV:
-        slot = tl.load(slots + rows, mask=row_live, other=0)
-        y = convolve(y, taps, past, past_stride, slot, columns, live, channels, W, SILU)
+        y = convolve(y, slot, before, weights, last, past, past_stride, columns, live, channels, W, STEPS, SILU)
     y = activated(y, gate, ACT)
     if TARGET == ADD:
         y += tl.load(at, mask=live, other=0.0).to(tl.float32)
@@ -121,7 +138,7 @@ def vector_kernel(
     out_stride, num_rows, N, boundary, shift,
     K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
     TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr,
-    SILU: tl.constexpr, OVERLAP: tl.constexpr,
+    STEPS: tl.constexpr, SILU: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row and BN columns a program, K whole. Each thread reads the numbers of x that meet its numbers of W."""
     first = tl.program_id(0) * BN
@@ -132,6 +149,11 @@ def vector_kernel(
     gates = sums
     w_at = w + columns[:, None].to(tl.int64) * K + k[None, :]
     again = columns[:, None] * 0 + k[None, :]
+    rows = tl.arange(0, 1)
+    row_live = rows < num_rows
+    slot, before, weights, last = read_past(
+        taps, past, past_stride, slots, rows, columns, row_live, channels, CONV, W, STEPS
+    )  # fmt: skip
     for k0 in tl.static_range(0, K, BK):
         inside = (columns < N)[:, None] & (k0 + k < K)[None, :]
         tile = tl.load(w_at + k0, mask=inside, other=0)
@@ -158,9 +180,8 @@ def vector_kernel(
         total = tl.sum(squares, 0)
         y = normalized(y, total, eps, K, BEFORE)
         gate = normalized(gate, total, eps, K, BEFORE)
-    rows = tl.arange(0, 1)
-    finish(y, gate, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns,
-           rows < num_rows, N, channels, ACT, TARGET, INT8, BIAS, CONV, W, SILU)  # fmt: skip
+    finish(y, gate, scales, bias, slot, before, weights, last, past, past_stride, out, out_stride, rows, columns,
+           row_live, N, channels, ACT, TARGET, INT8, BIAS, CONV, W, STEPS, SILU)  # fmt: skip
 
 
 @triton.jit
@@ -169,7 +190,7 @@ def tile_kernel(
     out_stride, num_rows, N, boundary, shift,
     K: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BEFORE: tl.constexpr, ACT: tl.constexpr,
     TARGET: tl.constexpr, INT8: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr, W: tl.constexpr,
-    SILU: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
+    STEPS: tl.constexpr, SILU: tl.constexpr, OVERLAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """M rows (at least 16) and BN columns a program, K whole."""
     first = tl.program_id(0) * BN
@@ -194,23 +215,30 @@ def tile_kernel(
         sums = tl.dot(x_tile, tl.trans(tile), sums, input_precision="ieee")
     sums = normalized(sums, squares[:, None], eps, K, BEFORE)
     gates = normalized(gates, squares[:, None], eps, K, BEFORE)
-    finish(sums, gates, scales, bias, taps, past, past_stride, slots, out, out_stride, rows, columns,
-           row_live, N, channels, ACT, TARGET, INT8, BIAS, CONV, W, SILU)  # fmt: skip
+    slot, before, weights, last = read_past(
+        taps, past, past_stride, slots, rows, columns, row_live, channels, CONV, W, STEPS
+    )  # fmt: skip
+    finish(sums, gates, scales, bias, slot, before, weights, last, past, past_stride, out, out_stride, rows, columns,
+           row_live, N, channels, ACT, TARGET, INT8, BIAS, CONV, W, STEPS, SILU)  # fmt: skip
 
 
 @triton.jit
 def finish_kernel(
     product, product_stride, bias, taps, past, past_stride, channels, slots, out, out_stride, N,
     BN: tl.constexpr, ACT: tl.constexpr, TARGET: tl.constexpr, BIAS: tl.constexpr, CONV: tl.constexpr,
-    W: tl.constexpr, SILU: tl.constexpr, OVERLAP: tl.constexpr,
+    W: tl.constexpr, STEPS: tl.constexpr, SILU: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BN columns of one row: what stands behind the product x W^T, which is given."""
     rows, columns = tl.program_id(1) + tl.arange(0, 1), tl.program_id(0) * BN + tl.arange(0, BN)
+    row_live = rows >= 0
+    slot, before, weights, last = read_past(
+        taps, past, past_stride, slots, rows, columns, row_live, channels, CONV, W, STEPS
+    )  # fmt: skip
     wait(OVERLAP)
     at = product + rows[:, None].to(tl.int64) * product_stride + columns[None, :]
     gate = tl.load(at, mask=(columns < N)[None, :], other=0.0).to(tl.float32)
     y = gate
     if ACT == SWIGLU:
         y = tl.load(at + N, mask=(columns < N)[None, :], other=0.0).to(tl.float32)
-    finish(y, gate, None, bias, taps, past, past_stride, slots, out, out_stride, rows, columns, rows >= 0, N, channels,
-           ACT, TARGET, False, BIAS, CONV, W, SILU)  # fmt: skip
+    finish(y, gate, None, bias, slot, before, weights, last, past, past_stride, out, out_stride, rows, columns,
+           row_live, N, channels, ACT, TARGET, False, BIAS, CONV, W, STEPS, SILU)  # fmt: skip
