@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from glade.ops.linear_attention.chunk_layout import max_chunks
-from glade.ops.linear_attention.triton.call import ENOUGH_PROGRAMS, TRITON_TYPE, Call, sum_of_parts, token_stride
+from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts, token_stride
+from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
 from glade.ops.linear_attention.triton.keys_backward import keys_backward_kernel
 from glade.ops.linear_attention.triton.launch import (
     Chunks,
@@ -90,7 +91,7 @@ def _forward_states(call: Call, chunks: Chunks, v, write, initial, o, final, kep
         return
     _, Qg, Eg, Kt, decay, P, A, R, S, _ = kept
     launch = call.config.forward
-    BV = call.value_block(launch, chunks, ENOUGH_PROGRAMS)
+    BV = call.value_block(launch, chunks, MULTIPROCESSORS)
     forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         v, write, *(strides_of(x) for x in (v, write)),
         Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks),
@@ -128,7 +129,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
 def _backward_states(call: Call, chunks: Chunks, do, initial, d_final, d_state, dR, dS, kept: list[Tensor]):
     """Answers what kept states lack of rowsum(S dS), by chunk, head and block of value channels; None: nothing."""
     launch = call.config.backward
-    BV = call.value_block(launch, chunks, ENOUGH_PROGRAMS)
+    BV = call.value_block(launch, chunks, MULTIPROCESSORS)
     blocks = call.VP // BV
     given = d_state is not None and call.gate > 0
     carried = d_final.new_zeros(chunks.count, call.HV, blocks, call.KP) if given else None

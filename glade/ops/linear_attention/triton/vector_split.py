@@ -10,7 +10,8 @@ then take each segment as a sequence of its own.
 
 from torch import Tensor
 
-from glade.ops.linear_attention.triton.call import ENOUGH_PROGRAMS, Call
+from glade.ops.linear_attention.triton.call import Call
+from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
 from glade.ops.linear_attention.triton.launch import Segments, constants, strides_of
 from glade.ops.linear_attention.triton.segments import blocks_of_both, of_segments, scan_segments
 from glade.ops.linear_attention.triton.vector_segments import backward_segments_kernel, forward_segments_kernel
@@ -21,7 +22,7 @@ def states_before(call: Call, segments: Segments, v, write, initial, final: Tens
     _, _, Eg, Kt, decay, _, A, _, _, M = kept
     N = of_segments(call, v, call.VP, call.KP)
     launch = call.config.forward
-    BV = call.value_block(launch, segments.chunks, ENOUGH_PROGRAMS)
+    BV = call.value_block(launch, segments.chunks, MULTIPROCESSORS)
     blocks = blocks_of_both(call, BV)
     forward_segments_kernel[(blocks * segments.chunks.sequences * call.HV,)](
         v, write, *(strides_of(x) for x in (v, write)),
@@ -38,7 +39,7 @@ def gradients_after(call: Call, segments: Segments, do, d_final, d_initial, kept
     """The gradient of the state after each segment, and into `d_initial` that of the given one."""
     dN = of_segments(call, do, call.VP, call.KP)
     launch = call.config.backward
-    BV = call.value_block(launch, segments.chunks, ENOUGH_PROGRAMS)
+    BV = call.value_block(launch, segments.chunks, MULTIPROCESSORS)
     backward_segments_kernel[(call.VP // BV * segments.chunks.sequences * call.HV,)](
         do, *kept[1:7], dN, *call.along(segments.chunks),
         *constants(call.HV, call.V),
