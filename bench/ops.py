@@ -157,7 +157,9 @@ def copy_bandwidth() -> float:
 def inputs_of(corner: str, B: int, T: int, heads: tuple[int, int, int]) -> Inputs:
     H, K, V = heads
     shape = Shape(B, T, H, H, K, V)
-    inputs = make_inputs(CORNERS[corner], shape, dtype=torch.bfloat16, given_state=False, device="cuda")
+    inputs = make_inputs(
+        CORNERS[corner], shape, dtype=torch.bfloat16, given_state=False, device="cuda", drawn_on="cuda"
+    )
     return {name: x.requires_grad_() for name, x in inputs.items() if x is not None}
 
 
@@ -192,7 +194,7 @@ def rows_of(
     B, T, documents = case
     inputs, cu_seqlens = inputs_of(corner, B, T, heads), case.cu_seqlens()
     named = {"state": None, **gates_absent(), **inputs}
-    wrong = failures(errors_between(named, "triton", "torch", cu_seqlens), torch.bfloat16)
+    wrong = failures(errors_between(named, "triton", "torch", cu_seqlens, drawn_on="cuda"), torch.bfloat16)
     if wrong:
         raise SystemExit(f"{corner} {case}: not timed, since it is wrong: {wrong}")
     do = torch.randn_like(inputs["v"])

@@ -46,13 +46,14 @@ class Shape(NamedTuple):
 
 def log_decay(kind: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """fp64 log decays of one of `GATES`."""
-    uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+    where: dict[str, Any] = dict(dtype=torch.float64, device=generator.device)
+    uniform = torch.rand(size, generator=generator, **where)
     if kind == "mild":
-        return logsigmoid(torch.randn(size, generator=generator, dtype=torch.float64) + 2)
+        return logsigmoid(torch.randn(size, generator=generator, **where) + 2)
     if kind == "strong":
         return -20 * uniform
     if kind == "saturated":
-        return torch.full(size, -5.0, dtype=torch.float64)
+        return torch.full(size, -5.0, **where)
     assert kind == "extreme", kind
     return torch.where(uniform < 0.05, -1e4, -0.1 * uniform)
 
@@ -67,21 +68,25 @@ def make_inputs(
     cu_seqlens: Tensor | None = None,
     given_state: bool = True,
     device: torch.device | str = "cpu",
+    drawn_on: torch.device | str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
     """The tensors of one call by argument name: unit keys, erase and write in (0, 1), g of the given kind (in fp32, or
-    `gate_dtype`), all rounded to the dtype they are passed in."""
+    `gate_dtype`), all rounded to the dtype they are passed in.
+
+    Drawn on the CPU they are the same numbers for every device; for a shape of millions of numbers that takes seconds.
+    """
     B, T, H, HV, K, V = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(drawn_on).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+        return torch.randn(size, generator=generator, dtype=torch.float64, device=drawn_on)
 
     def gate_of(kind: str, channels: int, values) -> Tensor | None:
         return None if kind == "none" else values((B, T, HV) if kind == "scalar" else (B, T, HV, channels))
 
     def unit(size: tuple[int, ...]) -> Tensor:
-        return torch.rand(size, generator=generator, dtype=torch.float64)
+        return torch.rand(size, generator=generator, dtype=torch.float64, device=drawn_on)
 
     rows = B if cu_seqlens is None else len(cu_seqlens) - 1
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -100,7 +105,11 @@ def make_inputs(
 
 
 def run_with_gradients(
-    inputs: dict[str, Any], backend: str, cu_seqlens: Tensor | None = None, seed: int = 1
+    inputs: dict[str, Any],
+    backend: str,
+    cu_seqlens: Tensor | None = None,
+    seed: int = 1,
+    drawn_on: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """o, the final state, and the gradients ("dq", ...) of a fixed random linear function of both."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if x is not None}
@@ -108,8 +117,8 @@ def run_with_gradients(
     o, state = linear_attention(
         leaves["q"], leaves["k"], leaves["v"], **optional, cu_seqlens=cu_seqlens, backend=backend
     )
-    generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (o, state)]
+    generator = torch.Generator(drawn_on).manual_seed(seed)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64, device=drawn_on) for x in (o, state)]
     # rounded as the backward will see them, so that both backends differentiate the same function
     weights = [w.to(inputs["v"].dtype).to(x) for w, x in zip(weights, (o, state), strict=True)]
     # without tokens and without a given state, an output depends on nothing
@@ -129,12 +138,16 @@ def errors(inputs: dict[str, Any], backend: str, cu_seqlens: Tensor | None = Non
 
 
 def errors_between(
-    inputs: dict[str, Any], backend: str, exact_backend: str, cu_seqlens: Tensor | None = None
+    inputs: dict[str, Any],
+    backend: str,
+    exact_backend: str,
+    cu_seqlens: Tensor | None = None,
+    drawn_on: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """The same against `exact_backend` in fp64: for sequences too long for the token loop's saved states."""
     exact_inputs = {name: x if x is None else x.double() for name, x in inputs.items()}
-    exact = run_with_gradients(exact_inputs, exact_backend, cu_seqlens)
-    found = run_with_gradients(inputs, backend, cu_seqlens)
+    exact = run_with_gradients(exact_inputs, exact_backend, cu_seqlens, drawn_on=drawn_on)
+    found = run_with_gradients(inputs, backend, cu_seqlens, drawn_on=drawn_on)
     scales = {"dg": gate_gradient_scale(exact_inputs, exact)} if "dg" in exact else {}
     return {name: relative_error(x, exact[name], scales.get(name)) for name, x in found.items()}
 

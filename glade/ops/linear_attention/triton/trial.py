@@ -54,9 +54,9 @@ class Job(NamedTuple):
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    def inputs(self, lead: tuple[int, int, int], gate: str = "mild") -> dict[str, Any]:
-        shape = Shape(*lead, lead[2], self.K, self.V)
-        return make_inputs(Corner(*self.corner), shape, gate=gate, dtype=self.torch_dtype, device="cuda")
+    def inputs(self, lead: tuple[int, int, int], gate: str = "mild", drawn_on: str = "cpu") -> dict[str, Any]:
+        shape, where = Shape(*lead, lead[2], self.K, self.V), {"device": "cuda", "drawn_on": drawn_on}
+        return make_inputs(Corner(*self.corner), shape, gate=gate, dtype=self.torch_dtype, **where)
 
 
 def job_of(corner: tuple[str, ...], dtype: str, K: int, V: int, checked, timed, config: Config) -> Job:
@@ -102,7 +102,9 @@ def _same(first: dict[str, Tensor], again: dict[str, Tensor]) -> bool:
 def work_of(job: Job) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward of the timed shape, from zeros as in training."""
     inputs = {
-        name: x.requires_grad_() for name, x in job.inputs(job.timed).items() if x is not None and name != "state"
+        name: x.requires_grad_()
+        for name, x in job.inputs(job.timed, drawn_on="cuda").items()
+        if x is not None and name != "state"
     }
     gates = {name: inputs[name] for name in ("g", "erase", "write") if name in inputs}
     do = torch.randn_like(inputs["v"])
