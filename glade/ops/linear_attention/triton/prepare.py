@@ -122,7 +122,8 @@ def prepare_kernel(
             products += tl.where(diagonal, with_itself[:, None], 0.0)
             for level in tl.range(0, LEVELS, num_stages=1):
                 anchor_sums = tl.load(G + anchors(rows, level)[:, None] * KP + columns[None, :])
-                x = tl.exp2(-tl.abs(sums - anchor_sums).to(tl.float32))
+                # times -1 is a sign of the operand; 0 - x would be an instruction
+                x = tl.exp2(tl.abs(sums - anchor_sums).to(tl.float32) * -1.0)
                 pairs = level_pairs(rows[:, None], rows[None, :], level)
                 k_late = tl.trans((k_tile.to(tl.float32) * x).to(DTYPE))
                 q_early = (q_tile.to(tl.float32) * x).to(DTYPE)
