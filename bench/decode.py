@@ -52,20 +52,8 @@ RESULTS = Path(__file__).parent / "results" / "decode.csv"
 COLUMNS = ["what", "model", "parameters", "dtype", "device", "threads", "versions", "path", "sampling", "batch"]
 COLUMNS += ["prompt_tokens", "steps", "step_ms", "p10_ms", "p90_ms", "tokens_per_s", "state_bytes", "peak_bytes"]
 COLUMNS += ["command"]
-FLAT = [
-    "model",
-    "parameters",
-    "dtype",
-    "device",
-    "threads",
-    "versions",
-    "path",
-    "batch",
-    "tokens",
-    "requests",
-    "seconds",
-]
-FLAT += ["tokens_per_s", "readings", "state_bytes", "cache_bytes"]
+FLAT = ["model", "parameters", "dtype", "device", "threads", "versions", "path", "batch", "tokens", "requests"]
+FLAT += ["seconds", "tokens_per_s", "readings", "state_bytes", "cache_bytes"]
 # of each kind of memory the first reading, the last and the largest
 MEMORY = ["resident", "allocated", "reserved", "device_used"]
 FLAT += [f"{which}_{memory}_bytes" for memory in MEMORY for which in ("first", "last", "most")] + ["command"]
@@ -202,7 +190,7 @@ def beside_fla(args: argparse.Namespace, model: LanguageModel, mixer: str) -> No
     """Ours is as wide as FLA's inside. FLA's head is not tied to its embedding, which a step does not read."""
     if not args.device.startswith("cuda") or (args.dim, args.vocab, args.dtype) != (1024, 32_000, "bfloat16"):
         raise SystemExit(
-            "--parts fla is of --device cuda --dtype bfloat16 --dim 1024 --vocab 32000 (train_gpu.fla_model)"
+            "--parts fla needs --device cuda --dtype bfloat16 --dim 1024 --vocab 32000: FLA's model is built so"
         )
     from train_gpu import HIDDEN, fla_model
 
@@ -217,21 +205,9 @@ def beside_fla(args: argparse.Namespace, model: LanguageModel, mixer: str) -> No
         for _ in range(2 + args.steps):
             times[0].append(1e2 * seconds(args.device, lambda run=ours: [run() for _ in range(10)]))
             times[1].append(1e3 / 3 * seconds(args.device, lambda run=theirs: [run() for _ in range(3)]))
-        what = "step, in turns with fla"
-        report(args, model, mixer, what, times[0][2:], batch, state.nbytes, sampling="greedy")
-        report(
-            args,
-            model,
-            mixer,
-            what,
-            times[1][2:],
-            batch,
-            0,
-            sampling="greedy",
-            prompt=args.prompt,
-            path=name,
-            size=size,
-        )
+        told = partial(report, args, model, mixer, "step, in turns with fla", batch=batch, sampling="greedy")
+        told(times[0][2:], state_bytes=state.nbytes)
+        told(times[1][2:], state_bytes=0, prompt=args.prompt, path=name, size=size)
         ratio = statistics.median(times[1][2:]) / statistics.median(times[0][2:])
         print(f"{mixer:12} batch {batch:3}: {ratio:.1f} times {name}", flush=True)
 

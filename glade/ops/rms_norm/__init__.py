@@ -61,8 +61,11 @@ def rms_norm(
     _check(x, weight, dtype)
     if gate is not None and (gate.shape != x.shape or not gate.is_floating_point()):
         raise ValueError(f"gate is {gate.dtype} of shape {list(gate.shape)}; give floating-point {list(x.shape)}")
-    if gate_bias is not None and (gate is None or gate_bias.shape != gate.shape[-2:]):
-        raise ValueError(f"gate_bias has shape {list(gate_bias.shape)}; give the last two axes of a gate, or None")
+    if gate_bias is not None and gate is None:
+        raise ValueError("gate_bias is given and gate is not; give both, or neither")
+    if gate is not None and gate_bias is not None and gate_bias.shape != gate.shape[-2:]:
+        wanted = list(gate.shape[-2:])
+        raise ValueError(f"gate_bias has shape {list(gate_bias.shape)}; give {wanted}, the last two axes of gate")
     if gate_activation not in ("silu", "sigmoid"):
         raise ValueError(f"gate_activation is {gate_activation!r}; give 'silu' or 'sigmoid'")
     dtype = x.dtype if dtype is None else dtype

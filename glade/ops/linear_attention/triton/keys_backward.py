@@ -1,7 +1,7 @@
 """Kernel 5 where g is no vector, one program a chunk, value head and block of key channels: gradients of all but v.
 
-From the state before the chunk, S, the gradient of the one after it, dS, and of the pairs of the chunk, with the decay
-between their tokens, of which dP and dT are kept without:
+From the state before the chunk, S, the gradient of the one after it, dS, and dP and dT, the gradients of the chunk's
+pair products, to which the decay between two tokens is put here:
 
     dq = scale exp(G) do S^T + dP k      de = -exp(G) dR^ S^T + dT k      dk' = exp(G_C - G) R dS^T + dP^T q + dT^T e
 
