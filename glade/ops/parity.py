@@ -27,6 +27,8 @@ from glade.ops.rnn import reference as rnn_reference
 from glade.ops.rnn import rnn
 from glade.ops.short_conv import BACKENDS as SHORT_CONV_BACKENDS
 from glade.ops.short_conv import short_conv
+from glade.ops.sigmoid import BACKENDS as SIGMOID_BACKENDS
+from glade.ops.sigmoid import sigmoid
 from glade.ops.swiglu import BACKENDS as SWIGLU_BACKENDS
 from glade.ops.swiglu import swiglu
 from glade.ops.tolerances import TOLERANCES, relative_error
@@ -96,8 +98,8 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, _Case]:
         "rms_norm": _tabled(
             "rms_norm",
             RMS_NORM_BACKENDS,
-            lambda x, w, gate, backend: rms_norm(x, w, eps=1e-5, gate=gate, backend=backend),
-            (normal(2, 50, 4, 24), normal(24), normal(2, 50, 4, 24)),
+            lambda x, w, gate, bias, backend: rms_norm(x, w, eps=1e-5, gate=gate, gate_bias=bias, backend=backend),
+            (normal(2, 50, 4, 24), normal(24), normal(2, 50, 4, 24), normal(4, 24)),
             device,
             dtype,
         ),
@@ -114,6 +116,14 @@ def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, _Case]:
             SWIGLU_BACKENDS,
             lambda x, backend: swiglu(x, backend=backend),
             (3 * normal(2, 50, 48),),
+            device,
+            dtype,
+        ),
+        "sigmoid": _tabled(
+            "sigmoid",
+            SIGMOID_BACKENDS,
+            lambda x, backend: sigmoid(x, backend=backend),
+            (3 * normal(2, 50, 24),),
             device,
             dtype,
         ),

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from glade.ops.backends import Backend, choose
-from glade.ops.sigmoid import triton
+from glade.ops.sigmoid import reference, triton
 
 __all__ = ["BACKENDS", "sigmoid"]
 
 BACKENDS: dict[str, Backend] = {
     "triton": Backend(triton.sigmoid, triton.refuses),
     "torch": Backend(torch.sigmoid),
+    "reference": Backend(reference.sigmoid, automatic=False),
 }
 
 
@@ -25,7 +26,7 @@ def sigmoid(x: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         x:       [..., C]
-        backend: "torch", "triton" (on NVIDIA GPUs), or "auto": the fastest installed
+        backend: "reference", "torch", "triton" (on NVIDIA GPUs), or "auto": the fastest installed
 
     Raises:
         ValueError: x is not floating-point, or a scalar. BackendError: `backend` cannot serve x.
