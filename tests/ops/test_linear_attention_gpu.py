@@ -364,6 +364,21 @@ def in_the_interpreter():
     check_interpreted(CORNERS["gdn"], shape._replace(T=49))
     check_interpreted(CORNERS["linear"], shape)
     check_interpreted(CORNERS["gdn"], packed, cu_seqlens)
+    for name in ("gla", "gdn2"):
+        check_interpreted(CORNERS[name], shape._replace(T=49))
+        check_interpreted(CORNERS[name], packed, cu_seqlens, gate="extreme")
+    check_interpreted(Corner("vector", "scalar", "none"), shape._replace(T=15))
+    check_interpreted(Corner("scalar", "vector", "none"), shape)  # whose keys take single chunks
+    configs.nearest = lambda *key: nearest(*key)._replace(chunk=32, span=2)
+    check_interpreted(CORNERS["gla"], shape)
+    check_interpreted(CORNERS["kda"], shape._replace(T=135), gate="saturated")
+    check_interpreted(CORNERS["gdn2"], packed, cu_seqlens, dtype=torch.float16)
+    wide = configs.WIDE
+    configs.WIDE = wide._replace(sum_dtype=torch.float32)  # sums of logs as products, as bf16 has them
+    for name in ("gla", "gdn2"):
+        check_interpreted(CORNERS[name], shape)
+    configs.WIDE = wide
+    configs.nearest = lambda *key: nearest(*key)._replace(chunk=16, span=2)
     check_segments()
     check_chunks_that_matter()
     check_gradients_beside_each_other()

@@ -13,7 +13,7 @@ where decay or erase is a vector (`vector_op` launches these)
     prepare             1  each chunk by itself: pre-gated q, k, erase k, pair products, inverse
     states              2  the pass over chunks, and its backward, 3
     values_backward     4  gradients of v, write and the pair products
-    vector_keys         5  gradients of q, k, erase and g where g is a vector; keys_backward: where it is not
+    vector_keys         5  gradients of q, k, erase and g, a span of chunks; keys_backward where g is no vector
     vector_split        long sequences in segments, where programs are too few: launches vector_segments
 
 where both are scalar or absent (`scalar_op`): no gated copies, less memory moved

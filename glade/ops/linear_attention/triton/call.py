@@ -10,7 +10,14 @@ from torch import Tensor
 
 from glade.ops.linear_attention.chunk_layout import max_chunks
 from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS, Launch, config_for
-from glade.ops.linear_attention.triton.launch import Chunks, check_key_dim, kind_of
+from glade.ops.linear_attention.triton.launch import (
+    Chunks,
+    Segments,
+    check_key_dim,
+    chunks_of,
+    kind_of,
+    segments_of,
+)
 from glade.ops.parts import gradient_like
 
 # `wgmma` takes 64 rows: programs of fewer value channels only where half of the processors would have none
@@ -82,6 +89,18 @@ class Call:
         while block > 16 and chunks.sequences * self.HV * (self.VP // block) < enough:
             block //= 2
         return block
+
+    def spans_and_segments(
+        self, v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks
+    ) -> tuple[Chunks, Segments | None]:
+        """The spans of chunks that the backward takes together, and the segments, where sequences are cut."""
+        spans = chunks if self.span == 1 else chunks_of(v, cu_seqlens, self.chunk * self.span)
+        return spans, segments_of(v, cu_seqlens, chunks, spans, self.segment) if self.segment else None
+
+    def counts(self, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
+        """How many chunks and spans `chunks_of` makes."""
+        chunks, spans = (max_chunks(*v.shape[:2], cu_seqlens, n) for n in (self.chunk, self.chunk * self.span))
+        return chunks, spans
 
     def where(self, chunks: Chunks) -> tuple:
         return chunks.starts, chunks.ends, self.T, chunks.a_row

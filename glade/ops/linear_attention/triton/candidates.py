@@ -40,13 +40,15 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
     prepare = [Launch(*x) for x in ((32, 2), (64, 2), (64, 4), (128, 2), (128, 4), (128, 8))]
     prepare += [Launch(block, 4, registers=168) for block in (64, 128)]
     values = [Launch(*x) for x in ((64, 2, 2), (64, 4, 2), (128, 4, 1), (128, 4, 2))]
-    # keys: never more than a warp for 16 channels (`Launch.warps`)
+    # keys: never more than a warp for 16 channels or tokens (`Launch.warps`), and `vector_keys` takes 32 channels
     keys = [
         Launch(block, warps, stages, block_v)
-        for block, warps in ((32, 2), (64, 4), (128, 8))
+        for block, warps in ((32, 4), (64, 4), (128, 8))
         for stages, block_v in ((2, 64), (3, 64), (3, 32), (1, 128))
     ]
-    keys += [Launch(block, block // 16, 2, 64, 168) for block in (32, 64)]
+    keys += [Launch(block, 4, 2, 64, 168) for block in (32, 64)]
+    if corner[0] == "vector":
+        keys = [x for x in keys if x.block == 32]
     states, values = ([x for x in launches if x.block <= V] for launches in (states, values))
     prepare, keys = ([x for x in launches if x.block <= K] for launches in (prepare, keys))
     keys = [x for x in keys if x.block_v <= V]

@@ -23,7 +23,7 @@ KINDS = ("none", "scalar", "vector")
 
 class Launch(NamedTuple):
     block: int  # channels a program takes (at a time)
-    warps: int  # keys of vector gates: at most one for 16 channels, else warps would repeat each other's products
+    warps: int  # keys of vector gates: at most one for 16 channels or tokens, else they would repeat products
     stages: int = 1
     block_v: int = 64  # keys of vector gates only: value channels at a time
     # The most a thread may have, 0: as many as the compiler takes. With fewer, some are kept in memory, but more
@@ -42,7 +42,7 @@ class Config(NamedTuple):
     backward: Launch
     keys: Launch
     values: Launch | None = None  # the kernels for scalar gates have no such launch
-    span: int = 1  # chunks that a program of `scalar_keys` takes together; states are kept at their borders
+    span: int = 1  # chunks that a program of keys takes together; states are kept at their borders
 
 
 class Numbers(NamedTuple):
@@ -73,7 +73,9 @@ def config_for(
     numbers = LOW if dtype == torch.bfloat16 else WIDE
     config = nearest(arch_of(device), tuple(KINDS[kind] for kind in kinds), numbers is WIDE, KP, VP)
     chunk = _chunk(num_tokens, config.chunk)
-    return config._replace(chunk=chunk, span=config.span if num_tokens > chunk else 1), numbers
+    # `keys_backward`, for an erase that is a vector where g is none, takes single chunks
+    spans = num_tokens > chunk and (kinds[0] == 2 or kinds[1] != 2)
+    return config._replace(chunk=chunk, span=config.span if spans else 1), numbers
 
 
 def is_scalar(corner: tuple[str, ...], wide: bool) -> bool:

@@ -6,8 +6,9 @@ never formed.
 
 With a vector gate the products are made by levels: a pair of rows belongs to the one level where the row lies in the
 later and the column in the earlier half of the same block. Both are gated against the first row of that later half
-(the anchor), by exponents that are never positive. A masked product of the whole tile serves all blocks of a level. The
-inverse follows the same levels: with X the inverse of the diagonal blocks and T_l the pairs of a level, the inverse of
+(the anchor), by exponents that are never positive. Pairs within sixteen rows are batches of products of sixteen rows,
+masked, for all blocks of a level; those between the two sixteens of a chunk of 32 are one product. The inverse follows
+the same levels: with X the inverse of the diagonal blocks and T_l the pairs of a level, the inverse of
 the blocks of twice the size is X - X T_l X.
 """
 
@@ -46,6 +47,23 @@ def unit_lower_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.c
 
 
 @triton.jit
+def in_sixteens(x, C: tl.constexpr, BK: tl.constexpr):
+    """[tokens, channels] as [sixteens, 16, channels]."""
+    return tl.reshape(x, [C // 16, 16, BK])
+
+
+@triton.jit
+def of_a_chunk(within, between, C: tl.constexpr):
+    """[C, C] from the blocks on its diagonal, [sixteens, 16, 16], and what lies below them in [C, C]."""
+    S: tl.constexpr = C // 16
+    sixteen = tl.arange(0, S)
+    within = tl.broadcast_to(tl.expand_dims(within, 2), [S, 16, S, 16])
+    rows, columns = sixteen[:, None, None, None], sixteen[None, None, :, None]
+    below = tl.where(rows > columns, tl.reshape(between, [S, 16, S, 16]), 0.0)
+    return tl.reshape(tl.where(rows == columns, within, below), [C, C])
+
+
+@triton.jit
 def prepare_kernel(
     q, k, g, erase,
     q_strides, k_strides, g_strides, erase_strides,
@@ -60,7 +78,6 @@ def prepare_kernel(
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     tile = m.to(tl.int64) * HV + head
     rows = tl.arange(0, C)
-    diagonal = rows[:, None] == rows[None, :]
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)
     if ERASE != NONE:
@@ -83,6 +100,9 @@ def prepare_kernel(
         Eg += tile * C * KP
     products = tl.zeros([C, C], tl.float32)
     lower = tl.zeros([C, C], tl.float32)
+    near = tl.zeros([C // 16, 16, 16], tl.float32)
+    near_lower = tl.zeros([C // 16, 16, 16], tl.float32)
+    later, earlier = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
     for block in tl.static_range(0, KP // BK):
         columns = block * BK + tl.arange(0, BK)
         q_tile = load_rows(q, q_strides, rows, live, columns, K)
@@ -118,25 +138,36 @@ def prepare_kernel(
         if ERASE != NONE:
             e_tile = e_tile.to(DTYPE)
         if GATE == VECTOR:
-            with_itself = tl.sum(q_tile.to(tl.float32) * k_tile.to(tl.float32), 1)
-            products += tl.where(diagonal, with_itself[:, None], 0.0)
-            for level in tl.range(0, LEVELS, num_stages=1):
+            with_itself = in_sixteens(tl.sum(q_tile.to(tl.float32) * k_tile.to(tl.float32), 1)[:, None], C, 1)
+            near += tl.where(later == earlier, with_itself, 0.0)
+            for level in tl.range(0, 4, num_stages=1):
                 anchor_sums = tl.load(G + anchors(rows, level)[:, None] * KP + columns[None, :])
                 # times -1 is a sign of the operand; 0 - x would be an instruction
                 x = tl.exp2(tl.abs(sums - anchor_sums).to(tl.float32) * -1.0)
-                pairs = level_pairs(rows[:, None], rows[None, :], level)
-                k_late = tl.trans((k_tile.to(tl.float32) * x).to(DTYPE))
-                q_early = (q_tile.to(tl.float32) * x).to(DTYPE)
-                products += tl.where(pairs, tl.dot(q_early, k_late, input_precision=PRECISION), 0.0)
+                pairs = level_pairs(later, earlier, level)
+                k_late = tl.permute(in_sixteens((k_tile.to(tl.float32) * x).to(DTYPE), C, BK), [0, 2, 1])
+                q_early = in_sixteens((q_tile.to(tl.float32) * x).to(DTYPE), C, BK)
+                near += tl.where(pairs, tl.dot(q_early, k_late, input_precision=PRECISION), 0.0)
                 if ERASE != NONE:
-                    e_early = (e_tile.to(tl.float32) * x).to(DTYPE)
-                    lower += tl.where(pairs, tl.dot(e_early, k_late, input_precision=PRECISION), 0.0)
+                    e_early = in_sixteens((e_tile.to(tl.float32) * x).to(DTYPE), C, BK)
+                    near_lower += tl.where(pairs, tl.dot(e_early, k_late, input_precision=PRECISION), 0.0)
+            if C == 32:
+                border = tl.load(G + 16 * KP + columns)[None, :]
+                to_border = tl.exp2(tl.abs(sums - border).to(tl.float32) * -1.0)
+                k_far = tl.trans((k_tile.to(tl.float32) * to_border).to(DTYPE))
+                q_near = (q_tile.to(tl.float32) * to_border).to(DTYPE)
+                products = tl.dot(q_near, k_far, products, input_precision=PRECISION)
+                if ERASE != NONE:
+                    e_near = (e_tile.to(tl.float32) * to_border).to(DTYPE)
+                    lower = tl.dot(e_near, k_far, lower, input_precision=PRECISION)
         else:
             products += tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             if ERASE != NONE:
                 lower += tl.dot(e_tile, tl.trans(k_tile), input_precision=PRECISION)
 
-    if GATE != VECTOR:
+    if GATE == VECTOR:
+        products, lower = of_a_chunk(near, products, C), of_a_chunk(near_lower, lower, C)
+    else:
         not_after = rows[:, None] >= rows[None, :]
         if GATE == SCALAR:
             between = pair_decay(sums, C)

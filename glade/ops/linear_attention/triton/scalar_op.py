@@ -15,15 +15,12 @@ No program adds to what another writes, so that a call gives the same bits each 
 import torch
 from torch import Tensor
 
-from glade.ops.linear_attention.chunk_layout import max_chunks
 from glade.ops.linear_attention.triton.call import FEW_PROGRAMS, TRITON_TYPE, Call, sum_of_parts, token_stride
 from glade.ops.linear_attention.triton.launch import (
     Chunks,
-    Segments,
     chunks_of,
     constants,
     device_of,
-    segments_of,
     strides_of,
 )
 from glade.ops.linear_attention.triton.scalar_keys import scalar_keys_kernel
@@ -55,7 +52,7 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
     chunks = chunks_of(v, cu_seqlens, call.chunk)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = v.new_empty(chunks.sequences, call.HV, call.K, call.V, dtype=torch.float32)
-    spans, segments = _spans_and_segments(call, v, cu_seqlens, chunks)
+    spans, segments = call.spans_and_segments(v, cu_seqlens, chunks)
     kept = _between_kernels(call, v, chunks.count, spans.count, keep)
     initial = None if state is None else state.contiguous()
     with device_of(v):
@@ -104,7 +101,7 @@ def _forward_states(
 def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> list[Tensor]:
     call = Call(q, v, g, erase, write, cu_seqlens)
     chunks = chunks_of(v, cu_seqlens, call.chunk)
-    spans, segments = _spans_and_segments(call, v, cu_seqlens, chunks)
+    spans, segments = call.spans_and_segments(v, cu_seqlens, chunks)
     do, d_final = do.contiguous(), d_final.contiguous()
     dR, dS = torch.empty_like(kept[4]), torch.empty_like(kept[5])
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
@@ -164,15 +161,6 @@ def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scal
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)
 
 
-def _spans_and_segments(
-    call: Call, v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks
-) -> tuple[Chunks, Segments | None]:
-    """The spans of chunks that the backward takes together, and the segments, where sequences are cut."""
-    spans = chunks if call.span == 1 else chunks_of(v, cu_seqlens, call.chunk * call.span)
-    return spans, segments_of(v, cu_seqlens, chunks, spans, call.segment) if call.segment else None
-
-
 def kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:
     call = Call(q, v, g, erase, write, cu_seqlens)
-    chunks, spans = (max_chunks(*v.shape[:2], cu_seqlens, n) for n in (call.chunk, call.chunk * call.span))
-    return _between_kernels(call, v, chunks, spans, keep=True)
+    return _between_kernels(call, v, *call.counts(v, cu_seqlens), keep=True)

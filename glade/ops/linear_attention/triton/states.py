@@ -6,7 +6,8 @@ state before a chunk, dS the gradient of the state after it:
     R = A (Z - Eg S)            o = Qg S + P R             S <- exp(G_C) S + Kt^T R
     dR^ = A^T (P^T do + Kt dS)                             dS <- exp(G_C) dS + Qg^T do - Eg^T dR^
 
-R and dR^ lie as v does. Where nothing is erased and `write` is none, R is v and dR^ is dv: R is not kept, and dR^ is
+R and dR^ lie as v does, and do not depend on chunks; of S and dS only those at the borders of spans of chunks are kept,
+for the kernel of keys. Where nothing is erased and `write` is none, R is v and dR^ is dv: R is not kept, and dR^ is
 written to where dv lies.
 
 The gradient of g takes rowsum(S dS) from S as it is kept (`vector_keys.py`). What a given state has beyond that is
@@ -57,9 +58,9 @@ def forward_states_kernel(
     v, write, v_strides, write_strides,
     Qg, Eg, Kt, decay, P, A,
     o, initial, final, R, S_before,
-    starts, ends, firsts, num_tokens, chunks_a_row,
+    starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row,
     HV, K, V,
-    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr,
     INITIAL: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -69,6 +70,7 @@ def forward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
     wide = rows[:, None] * KP + dims[None, :]
@@ -90,7 +92,9 @@ def forward_states_kernel(
         z = values_to_write(v, v_strides, write, write_strides, row, start, head, rows, live, columns, V, WRITE)
         S_low = S.to(DTYPE)
         if KEEP:
-            tl.store(S_before + tile * KP * VP + states, S_low)
+            span = (first_span + (m - first) // SPAN).to(tl.int64) * HV + head
+            if (m - first) % SPAN == 0:
+                tl.store(S_before + span * KP * VP + states, S_low)
         if ERASE != NONE:
             z -= tl.dot(tl.load(Eg + tile * C * KP + wide), S_low, input_precision=PRECISION)
             z = tl.dot(tl.load(A + tile * C * C + square), z.to(DTYPE), input_precision=PRECISION)
@@ -112,9 +116,9 @@ def forward_states_kernel(
 def backward_states_kernel(
     do, Qg, Eg, Kt, decay, P, A, initial,
     d_final, d_initial, dR, dS_after, carried,
-    starts, ends, firsts, num_tokens, chunks_a_row,
+    starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row,
     HV, K, V, dR_stride,
-    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -123,6 +127,7 @@ def backward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
     wide = rows[:, None] * KP + dims[None, :]
@@ -142,7 +147,9 @@ def backward_states_kernel(
         inside = (rows < live)[:, None] & (columns < V)[None, :]
         d_out = tl.load(do + (first_token * HV + head) * V + token_values, mask=inside, other=0.0).to(DTYPE)
         dS_low = dS.to(DTYPE)
-        tl.store(dS_after + tile * KP * VP + states, dS_low)
+        span = (first_span + (m - first) // SPAN).to(tl.int64) * HV + head
+        if ((m - first) % SPAN == SPAN - 1) | (m == end_chunk - 1):
+            tl.store(dS_after + span * KP * VP + states, dS_low)
         r = tl.dot(tl.load(P + tile * C * C + transposed), d_out, input_precision=PRECISION)
         r = tl.dot(tl.load(Kt + tile * C * KP + wide), dS_low, r, input_precision=PRECISION)
         if ERASE != NONE:
@@ -156,8 +163,8 @@ def backward_states_kernel(
     if INITIAL:
         tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)
         if GATE != NONE and end_chunk > first:
-            tile = (tl.zeros([], tl.int64) + first) * HV + head
+            span = (tl.zeros([], tl.int64) + first_span) * HV + head
             exact = tl.load(initial + of_sequence + state_at, mask=in_state, other=0.0)
             rounded_off = exact - exact.to(DTYPE).to(tl.float32)
-            correction = tl.sum(rounded_off * tl.load(dS_after + tile * KP * VP + states).to(tl.float32), 1)
-            tl.store(carried + (tile * NUM_BLOCKS + block) * KP + dims, correction)
+            correction = tl.sum(rounded_off * tl.load(dS_after + span * KP * VP + states).to(tl.float32), 1)
+            tl.store(carried + (span * NUM_BLOCKS + block) * KP + dims, correction)

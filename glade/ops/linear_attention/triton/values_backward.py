@@ -1,6 +1,9 @@
-"""Kernel 4, one program a chunk and value head: gradients of v and write, and of the chunk's pair products.
+"""Kernel 4, one program a chunk and value head: gradients of v and write, and of the pair products of a span of chunks.
 
 dP = scale tril(do R^T)      dT = -tril(dR^ R^T, -1)      dv = write dR^      d_write = v dR^
+
+A pair stands on both sides of the diagonal of dP and dT, so that who reads them has their transpose, too. A program
+makes the pairs whose later token is in its chunk: do, R and dR^ do not depend on chunks.
 
 Where nothing is erased and `write` is none, R is v and dv is written already (`states.py`): dP is all there is to do.
 """
@@ -23,26 +26,43 @@ from glade.ops.linear_attention.triton.tiles import (
 
 
 @triton.jit
+def store_pairs(at, pairs, part, C: tl.constexpr, SPAN: tl.constexpr):
+    """Pairs of a chunk's tokens, the rows, with each other and, second, with the chunk before: on both sides of the
+    diagonal of the span's."""
+    rows = tl.arange(0, C)
+    one, other = rows[:, None], rows[None, :]
+    if SPAN == 2:
+        pairs, far = tl.split(tl.permute(tl.reshape(pairs, [C, 2, C]), [0, 2, 1]))
+        second = tl.broadcast_to(part > 0, [C, C])
+        tl.store(at + (C + one) * (2 * C) + other, far, mask=second)
+        tl.store(at + one * (2 * C) + C + other, tl.trans(far), mask=second)
+    at += part * (SPAN * C + 1) * C
+    tl.store(at + one * (SPAN * C) + other, tl.where(one >= other, pairs, tl.trans(pairs)))
+
+
+@triton.jit
 def values_backward_kernel(
     v, write, v_strides, write_strides,
     do, R, R_strides, dR, dv, d_write, dP, dT,
     starts, ends, num_tokens, chunks_a_row, scale,
     HV, V, dv_stride,
-    VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    m, head = tl.program_id(0), tl.program_id(1)
-    row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+    m, part, head = tl.program_id(0) // SPAN, tl.program_id(0) % SPAN, tl.program_id(1)
+    tl.static_assert(SPAN <= 2)
+    SIZE: tl.constexpr = C * SPAN
+    row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, SIZE, PACKED)
     tile = m.to(tl.int64) * HV + head
-    rows = tl.arange(0, C)
+    rows = part * C + tl.arange(0, C)
     first_token = row.to(tl.int64) * num_tokens + start
     first_head = first_token * HV + head
     do += first_head * V
     R = token_head(R, R_strides, row, start, head)
-    dP += tile * C * C
+    dP += tile * SIZE * SIZE
     if ERASE != NONE:
-        dT += tile * C * C
+        dT += tile * SIZE * SIZE
     if ERASE != NONE or WRITE != NONE:
         dR += first_head * V
         dv += first_token * dv_stride + head * V
@@ -53,15 +73,18 @@ def values_backward_kernel(
         d_write += first_head * V
     elif WRITE == SCALAR:
         d_write += first_head
-    d_products = tl.zeros([C, C], tl.float32)
-    d_lower = tl.zeros([C, C], tl.float32)
+    # its own chunk first, then the one before
+    others = (part * C + tl.arange(0, SIZE)) % SIZE
+    up_to_here = tl.minimum(live, (part + 1) * C)
+    d_products = tl.zeros([C, SIZE], tl.float32)
+    d_lower = tl.zeros([C, SIZE], tl.float32)
     d_write_sum = tl.zeros([C], tl.float32)
     for first in tl.range(0, VP, BV, num_stages=STAGES):
         columns = first + tl.arange(0, BV)
         inside = (rows < live)[:, None] & (columns < V)[None, :]
         at = rows[:, None] * (HV * V) + columns[None, :]
         d_out = tl.load(do + at, mask=inside, other=0.0).to(DTYPE)
-        r_transposed = tl.trans(load_rows(R, R_strides, rows, live, columns, V).to(DTYPE))
+        r_transposed = tl.trans(load_rows(R, R_strides, others, up_to_here, columns, V).to(DTYPE))
         d_products = tl.dot(d_out, r_transposed, d_products, input_precision=PRECISION)
         if ERASE != NONE or WRITE != NONE:
             dr = tl.load(dR + at, mask=inside, other=0.0)
@@ -78,9 +101,6 @@ def values_backward_kernel(
             tl.store(dv + columns[None, :] + rows[:, None] * dv_stride, dr.to(dv.dtype.element_ty), mask=inside)
     if WRITE == SCALAR:
         tl.store(d_write + rows * HV, d_write_sum.to(d_write.dtype.element_ty), mask=rows < live)
-    square = rows[:, None] * C + rows[None, :]
-    not_after = rows[:, None] >= rows[None, :]
-    tl.store(dP + square, tl.where(not_after, d_products * scale, 0.0).to(DTYPE))
+    store_pairs(dP, (d_products * scale).to(DTYPE), part, C, SPAN)
     if ERASE != NONE:
-        before = rows[:, None] > rows[None, :]
-        tl.store(dT + square, tl.where(before, -d_lower, 0.0).to(DTYPE))
+        store_pairs(dT, (-d_lower).to(DTYPE), part, C, SPAN)

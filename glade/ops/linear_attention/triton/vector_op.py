@@ -1,7 +1,7 @@
 """The launches where a gate of keys is a vector: the general case, which serves every kind of gate.
 
     forward    prepare (a program a chunk), then the pass over states (a program a block of value channels)
-    backward   the pass over states, last chunk to first, then values and keys (a program a chunk)
+    backward   the pass over states, last chunk to first, then values (a program a chunk) and keys (a program a span)
 
 Where sequences are too few for the processors, `vector_split` finds the states at the borders of segments before each
 pass over states, which takes segments then.
@@ -15,17 +15,14 @@ No program adds to what another writes, so that a call gives the same bits each 
 import torch
 from torch import Tensor
 
-from glade.ops.linear_attention.chunk_layout import max_chunks
 from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts, token_stride
 from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
 from glade.ops.linear_attention.triton.keys_backward import keys_backward_kernel
 from glade.ops.linear_attention.triton.launch import (
     Chunks,
-    Segments,
     chunks_of,
     constants,
     device_of,
-    segments_of,
     strides_of,
 )
 from glade.ops.linear_attention.triton.prepare import prepare_kernel
@@ -37,16 +34,16 @@ from glade.ops.linear_attention.triton.vector_split import gradients_after, stat
 from glade.ops.parts import gradient_like
 
 
-def _between_kernels(call: Call, v: Tensor, num_chunks: int, keep: bool) -> list[Tensor]:
-    """Empty: G, Qg, Eg, Kt, decay, P, A, R (as v), S (before each chunk), M of each segment; of no elements what the
-    gates do not need, G of a vector gate, which is made again, R where it is v, R and S, which only a backward reads,
-    unless it is to follow, and M unless sequences are cut."""
+def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
+    """Empty: G, Qg, Eg, Kt, decay, P, A, R (as v), S (before each span of chunks), M of each segment; of no elements
+    what the gates do not need, G of a vector gate, which is made again, R where it is v, R and S, which only a backward
+    reads, unless it is to follow, and M unless sequences are cut."""
     M, C, HV, KP, VP = num_chunks, call.chunk, call.HV, call.KP, call.VP
     low, erased = call.dtype, call.erase > 0
     shapes = [(M, HV, C if call.gate == 1 else 0), (M, HV, C, KP), (M, HV, C, KP if erased else 0), (M, HV, C, KP)]
     shapes += [(M, HV, (0, 1, KP)[call.gate]), (M, HV, C, C), (M, HV, C, C if erased else 0)]
     written = (*v.shape[:3], call.V if keep and call.changes_values else 0)
-    shapes += [written, (M, HV, KP, VP if keep else 0)]
+    shapes += [written, (num_spans, HV, KP, VP if keep else 0)]
     dtypes = [call.sum_dtype, low, low, low, torch.float32, low, low, low, low]
     empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     return [*empty, what_segments_keep(call, v)]
@@ -57,16 +54,16 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
     chunks = chunks_of(v, cu_seqlens, call.chunk)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = v.new_empty(chunks.sequences, call.HV, call.K, call.V, dtype=torch.float32)
-    kept = _between_kernels(call, v, chunks.count, keep)
+    spans, segments = call.spans_and_segments(v, cu_seqlens, chunks)
+    kept = _between_kernels(call, v, chunks.count, spans.count, keep)
     initial = None if state is None else state.contiguous()
     with device_of(v):
         _prepare(call, chunks, q, k, g, erase, scale, kept)
-        segments = _segments(call, v, cu_seqlens, chunks)
         if segments is None:
-            _forward_states(call, chunks, v, write, initial, o, final, kept, keep)
+            _forward_states(call, chunks, spans, v, write, initial, o, final, kept, keep)
         else:
             before = states_before(call, segments, v, write, initial, final, kept)
-            _forward_states(call, segments.chunks, v, write, before, o, None, kept, keep)
+            _forward_states(call, segments.chunks, segments.spans, v, write, before, o, None, kept, keep)
     return [o, final, *kept] if keep else [o, final]
 
 
@@ -86,7 +83,9 @@ def _prepare(call: Call, chunks: Chunks, q, k, g, erase, scale: float, kept: lis
     )  # fmt: skip
 
 
-def _forward_states(call: Call, chunks: Chunks, v, write, initial, o, final, kept: list[Tensor], keep: bool) -> None:
+def _forward_states(
+    call: Call, chunks: Chunks, spans: Chunks, v, write, initial, o, final, kept: list[Tensor], keep: bool
+) -> None:
     if final is not None and final.numel() == 0:
         return
     _, Qg, Eg, Kt, decay, P, A, R, S, _ = kept
@@ -94,9 +93,9 @@ def _forward_states(call: Call, chunks: Chunks, v, write, initial, o, final, kep
     BV = call.value_block(launch, chunks, MULTIPROCESSORS)
     forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         v, write, *(strides_of(x) for x in (v, write)),
-        Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks),
+        Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks), spans.firsts, spans.a_row,
         *constants(call.HV, call.K, call.V),
-        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
+        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
         INITIAL=initial is not None, KEEP=keep, PACKED=call.packed, **call.types,
         STAGES=launch.stages, **launch.options,
@@ -106,88 +105,93 @@ def _forward_states(call: Call, chunks: Chunks, v, write, initial, o, final, kep
 def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> list[Tensor]:
     call = Call(q, v, g, erase, write, cu_seqlens)
     chunks = chunks_of(v, cu_seqlens, call.chunk)
+    spans, segments = call.spans_and_segments(v, cu_seqlens, chunks)
     do, d_final = do.contiguous(), d_final.contiguous()
     dv = gradient_like(v)
     R, dR = (kept[7], torch.empty_like(kept[7])) if call.changes_values else (v, dv)
     dS = torch.empty_like(kept[8])
-    dP, dT = torch.empty_like(kept[5]), torch.empty_like(kept[6])
+    size = call.chunk * call.span
+    dP, dT = (kept[5].new_empty(spans.count, call.HV, size, size if needed else 0) for needed in (True, call.erase))
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     d_write = None if write is None else torch.empty_like(write, memory_format=torch.contiguous_format)
     with device_of(v):
-        segments = _segments(call, v, cu_seqlens, chunks)
         if segments is None:
             initial = None if state is None else state.contiguous()
-            carried = _backward_states(call, chunks, do, initial, d_final, d_state, dR, dS, kept)
+            carried = _backward_states(call, chunks, spans, do, initial, d_final, d_state, dR, dS, kept)
         else:
             after = gradients_after(call, segments, do, d_final, d_state, kept)
-            carried = _backward_states(call, segments.chunks, do, None, after, None, dR, dS, kept)
-        _backward_values(call, chunks, do, v, write, scale, R, dR, dv, d_write, dP, dT)
-        dq, dk, dg, d_erase = _backward_keys(call, chunks, do, q, k, g, erase, scale, kept, R, dR, dS, dP, dT, carried)
+            carried = _backward_states(call, segments.chunks, segments.spans, do, None, after, None, dR, dS, kept)
+        _backward_values(call, spans, do, v, write, scale, R, dR, dv, d_write, dP, dT)
+        dq, dk, dg, d_erase = _backward_keys(call, spans, do, q, k, g, erase, scale, kept, R, dR, dS, dP, dT, carried)
     return [x for x in (dq, dk, dv, dg, d_erase, d_write, d_state) if x is not None]
 
 
-def _backward_states(call: Call, chunks: Chunks, do, initial, d_final, d_state, dR, dS, kept: list[Tensor]):
-    """Answers what kept states lack of rowsum(S dS), by chunk, head and block of value channels; None: nothing."""
+def _backward_states(
+    call: Call, chunks: Chunks, spans: Chunks, do, initial, d_final, d_state, dR, dS, kept: list[Tensor]
+):
+    """Answers what kept states lack of rowsum(S dS), by span, head and block of value channels; None: nothing."""
     launch = call.config.backward
     BV = call.value_block(launch, chunks, MULTIPROCESSORS)
     blocks = call.VP // BV
     given = d_state is not None and call.gate > 0
-    carried = d_final.new_zeros(chunks.count, call.HV, blocks, call.KP) if given else None
+    carried = d_final.new_zeros(spans.count, call.HV, blocks, call.KP) if given else None
     if d_final.numel() == 0:
         return carried
     backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
-        do, *kept[1:7], initial, d_final, d_state, dR, dS, carried, *call.along(chunks),
+        do, *kept[1:7], initial, d_final, d_state, dR, dS, carried, *call.along(chunks), spans.firsts, spans.a_row,
         *constants(call.HV, call.K, call.V, token_stride(dR)),
-        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
+        KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, INITIAL=d_state is not None, PACKED=call.packed, **call.types,
         STAGES=launch.stages, **launch.options,
     )  # fmt: skip
     return carried
 
 
-def _backward_values(call: Call, chunks: Chunks, do, v, write, scale, R, dR, dv, d_write, dP, dT) -> None:
-    if chunks.count == 0:
+def _backward_values(call: Call, spans: Chunks, do, v, write, scale, R, dR, dv, d_write, dP, dT) -> None:
+    if spans.count == 0:
         return
     launch = call.config.values
-    values_backward_kernel[(chunks.count, call.HV)](
+    values_backward_kernel[(call.span * spans.count, call.HV)](
         v, write, *(strides_of(x) for x in (v, write)),
-        do, R, strides_of(R), dR, dv, d_write, dP, dT, *call.where(chunks), scale,
+        do, R, strides_of(R), dR, dv, d_write, dP, dT, *call.where(spans), scale,
         *constants(call.HV, call.V, token_stride(dv)),
-        VP=call.VP, BV=min(call.VP, launch.block), C=call.chunk,
+        VP=call.VP, BV=min(call.VP, launch.block), C=call.chunk, SPAN=call.span,
         ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
         STAGES=launch.stages, **launch.options,
     )  # fmt: skip
 
 
 def _backward_keys(
-    call: Call, chunks: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], R, dR, dS, dP, dT, carried
+    call: Call, spans: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], R, dR, dS, dP, dT, carried
 ):
     launch = call.config.keys
     BK = min(call.KP, launch.block)
     num_blocks = call.KP // BK
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
     dg, d_erase = call.gradient_in_parts(g, num_blocks), call.gradient_in_parts(erase, num_blocks)
-    if chunks.count > 0:
+    if spans.count > 0:
         G, decay, S = kept[0], kept[4], kept[8]
-        launch = launch._replace(warps=min(launch.warps, BK // 16))
+        size = call.chunk * call.span
+        launch = launch._replace(warps=min(launch.warps, max(BK, size) // 16 if call.gate == 2 else BK // 16))
         arguments = (
             do, R, strides_of(R), dR, S, dS, dP, dT, carried, dq, dk, d_erase, dg,
-            *call.where(chunks), call.num_token_heads, scale,
+            *call.where(spans), call.num_token_heads, scale,
             *constants(call.HV, call.group, call.K, call.V, token_stride(dq), token_stride(dk)),
         )  # fmt: skip
         given = dict(
             KP=call.KP, VP=call.VP, BK=BK, BV=min(call.VP, launch.block_v),
-            NUM_CARRIED=0 if carried is None else carried.shape[2], C=call.chunk,
+            NUM_CARRIED=0 if carried is None else carried.shape[2], C=size,
             ERASE=call.erase, PACKED=call.packed, **call.types,
             STAGES=launch.stages, **launch.options,
         )  # fmt: skip
         if call.gate == 2:
-            vector_keys_kernel[(num_blocks * chunks.count, call.HV)](
-                q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)), decay,
+            vector_keys_kernel[(num_blocks * spans.count, call.HV)](
+                q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
                 *arguments, G_TYPE=TRITON_TYPE[call.sum_dtype], **given,
             )  # fmt: skip
         else:
-            keys_backward_kernel[(num_blocks * chunks.count, call.HV)](
+            assert call.span == 1
+            keys_backward_kernel[(num_blocks * spans.count, call.HV)](
                 q, k, erase, *(strides_of(x) for x in (q, k, erase)), G, decay,
                 *arguments, GATE=call.gate, **given,
             )  # fmt: skip
@@ -195,10 +199,6 @@ def _backward_keys(
     return dq, dk, sum_of_parts(dg, g), sum_of_parts(d_erase, erase)
 
 
-def _segments(call: Call, v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks) -> Segments | None:
-    return segments_of(v, cu_seqlens, chunks, chunks, call.segment) if call.segment else None
-
-
 def kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:
     call = Call(q, v, g, erase, write, cu_seqlens)
-    return _between_kernels(call, v, max_chunks(v.shape[0], v.shape[1], cu_seqlens, call.chunk), keep=True)
+    return _between_kernels(call, v, *call.counts(v, cu_seqlens), keep=True)
