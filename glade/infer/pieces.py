@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glade.infer.captured.graphs import Graphs
-from glade.infer.rows import join, split
+from glade.infer.rows import join, row_of, split, tensors_of, with_tensors
 from glade.infer.slots import evaluating
 from glade.model.lm import LanguageModel
 from glade.model.mixers.attention import Attention
@@ -58,11 +58,12 @@ class Pieces:
         tensors = [
             torch.tensor([ids]).to(device, non_blocking=True),
             torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True),
-            before.position,
-            *(x for layer in before.layers for x in layer),
+            *tensors_of(before),
         ]
         position, *fields = self._graphs.run((T, N), tensors, self._function)
-        return [self._state(position[i : i + 1], [x[i : i + 1] for x in fields]) for i in range(len(pieces))]
+        after = with_tensors(self._none, position, fields)
+        # copies: the next call overwrites what this one answers
+        return [row_of(after, i) for i in range(len(pieces))]
 
     def _read(self, pieces: Sequence[Sequence[int]], states: Sequence[State | None]) -> list[State]:
         device = self.model.embed.weight.device
@@ -82,17 +83,8 @@ class Pieces:
         ids, cu_seqlens, position, *fields = inputs
         declare_longest(cu_seqlens, ids.shape[1])
         with evaluating(self.model), asked_once_a_recording():
-            _, after = self.model(ids, self._as_state(position, fields), cu_seqlens=cu_seqlens, logits="none")
-        return [after.position, *(x for layer in after.layers for x in layer)]
-
-    def _state(self, position: Tensor, fields: Sequence[Tensor]) -> State:
-        """A copy: the next call overwrites what this one answers."""
-        return self._as_state(position, fields).clone()
-
-    def _as_state(self, position: Tensor, fields: Sequence[Tensor]) -> State:
-        left = iter(fields)
-        layers = tuple(type(layer)(*(next(left) for _ in layer)) for layer in self._none.layers)
-        return State(layers, position)
+            _, after = self.model(ids, with_tensors(self._none, position, fields), cu_seqlens=cu_seqlens, logits="none")
+        return tensors_of(after)
 
     def _check(self, pieces: Sequence[Sequence[int]]) -> None:
         """What a recording cannot look at, and a GPU would stop for."""

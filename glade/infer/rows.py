@@ -16,6 +16,7 @@ from glade.model.mixers.attention import MIN_CAPACITY
 from glade.model.state import State
 from glade.ops import AttentionState
 from glade.ops.attention import reserve
+from glade.ops.many import copies_of, copy_all
 
 
 def growing_layers(model: LanguageModel) -> tuple[bool, ...]:
@@ -50,7 +51,24 @@ def split(state: State, lengths: Sequence[int], growing: Sequence[bool]) -> list
     """Each row as a state of its own, no larger than its `lengths` tokens need; a single row is not copied."""
     if len(state) == 1:
         return [trim(state, lengths[0], growing)]
-    return [trim(state.select([row]), length, growing) for row, length in enumerate(lengths)]
+    return [trim(row_of(state, row), length, growing) for row, length in enumerate(lengths)]
+
+
+def row_of(state: State, row: int) -> State:
+    """A row as a state of its own, copied."""
+    position, *fields = copies_of([x[row : row + 1] for x in tensors_of(state)])
+    return with_tensors(state, position, fields)
+
+
+def tensors_of(state: State) -> list[Tensor]:
+    """The position, and the layers' tensors in order."""
+    return [state.position, *(x for layer in state.layers for x in layer)]
+
+
+def with_tensors(like: State, position: Tensor, fields: Sequence[Tensor]) -> State:
+    """`fields` as layers of the same kinds as those of `like`."""
+    left = iter(fields)
+    return State(tuple(type(layer)(*(next(left) for _ in layer)) for layer in like.layers), position)
 
 
 def trim(state: State, length: int, growing: Sequence[bool]) -> State:
@@ -80,16 +98,19 @@ def grow_(state: State, layers: Sequence[int]) -> None:
         state.layers = tuple(grown)
 
 
+@torch.no_grad()
 def put(table: State, slot: int, row: State, growing: Sequence[bool]) -> None:
     """Write a one-row state into a row of `table`, in the table's dtypes; a growing layer's rest becomes zero."""
-    table.position[slot] = row.position[0]
+    theirs, ours = [table.position[slot]], [row.position[0]]
     for to, layer, grows in zip(table.layers, row.layers, growing, strict=True):
         for name, there, here in zip(to._fields, to, layer, strict=True):
+            place = there[slot]
             if grows and name != "length":
-                there[slot, here.shape[1] :] = 0
-                there[slot, : here.shape[1]] = here[0]
-            else:
-                there[slot] = here[0]
+                place[here.shape[1] :] = 0
+                place = place[: here.shape[1]]
+            theirs.append(place)
+            ours.append(here[0])
+    copy_all(theirs, ours)
 
 
 def rest_(table: State, slots: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from glade.infer.captured.graphs import Graphs
 from glade.infer.config import SamplingParams
 from glade.infer.endings import Endings
-from glade.infer.rows import growing_layers, put, rest_, trim
+from glade.infer.rows import growing_layers, put, rest_, row_of, trim
 from glade.infer.sampler import Rules, Settings, draw, gumbel_noise, rules_of, rules_of_each, settings_of
 from glade.infer.step import decode_step
 from glade.infer.transfer import Report, Token, sent
@@ -159,6 +159,8 @@ class Slots:
         """
         aside = () if self._under_way is None else self._under_way.taken
         longest = max((self._read[slot] - (slot in aside) for slot in slots), default=0)
+        if len(slots) == 1:
+            return trim(row_of(self.state, slots[0]), longest, self.growing)
         return trim(self.state.select(sent(torch.tensor(slots), self.device).long()), longest, self.growing)
 
     def held(self) -> AbstractContextManager[None]:

@@ -52,7 +52,7 @@ class GELU(nn.Module):
 class MoE(nn.Module):
     """Mixture of SwiGLU experts: each token goes to its k most probable ones, and to a shared one if there is one.
 
-        p = softmax(router x) in fp32,  E = top k of p,  y = sum_{e in E} p_e / sum_E p * expert_e(x)
+        p = softmax(router x) in fp32 at least,  E = top k of p,  y = sum_{e in E} p_e / sum_E p * expert_e(x)
                                                              + sigmoid(shared_gate x) * shared(x)
 
     The load-balancing loss is num_experts * sum_e f_e P_e, with f_e the share of assignments expert e received and
@@ -75,7 +75,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x.reshape(-1, x.shape[-1])  # [tokens, D]
-        probabilities = self.router(tokens).float().softmax(-1)
+        logits = self.router(tokens)
+        probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)  # [tokens, k]
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)

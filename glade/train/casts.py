@@ -19,6 +19,7 @@ from torch.func import functional_call
 from glade.model.ffn import SwiGLU
 from glade.model.lm import LanguageModel
 from glade.model.mixer import Mixer
+from glade.ops.many import copy_all
 
 
 def cast_weights(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -37,14 +38,6 @@ def reading(model: LanguageModel, weights: Mapping[str, Tensor]) -> Callable[...
     if not weights:
         return model
     return lambda *args, **kwargs: functional_call(model, dict(weights), args, kwargs)
-
-
-def copy_all(to: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """By a few kernels; torch does so for tensors of one dtype, which are cast on the way."""
-    for dtype in dict.fromkeys(x.dtype for x in tensors):
-        pairs = [(there, x) for there, x in zip(to, tensors, strict=True) if x.dtype == dtype]
-        theirs, ours = zip(*pairs, strict=True)
-        torch._foreach_copy_(theirs, ours)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _Cast(torch.autograd.Function):

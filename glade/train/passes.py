@@ -22,8 +22,9 @@ from glade.model.lm import LanguageModel
 from glade.model.mixers.attention import Attention
 from glade.model.mixers.linear import Linear
 from glade.ops.attention import flash
+from glade.ops.many import copy_all
 from glade.ops.packing import asked_once_a_recording, declare_longest, rounded_up
-from glade.train.casts import cast_weights, copy_all, reading
+from glade.train.casts import cast_weights, reading
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
 """(model, *tensors of a `Packed`) -> what is to be differentiated, and the load-balancing loss of experts or None."""

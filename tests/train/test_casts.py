@@ -6,8 +6,9 @@ from torch import nn
 
 from glade.model.config import ModelConfig
 from glade.model.lm import LanguageModel
+from glade.ops.many import copy_all
 from glade.ops.together import together
-from glade.train.casts import cast_weights, copy_all, reading
+from glade.train.casts import cast_weights, reading
 from glade.train.loss import token_losses
 
 MIXERS = {

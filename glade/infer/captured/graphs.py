@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glade.ops.many import copy_all
+
 Function = Callable[[Sequence[Tensor]], Any]
 """Of tensors; answers a tensor, or several."""
 # recording begins by waiting for the whole device, which another thread's recording would not survive
@@ -68,8 +70,7 @@ class _Kind:
 
     def take(self, tensors: Sequence[Tensor]) -> None:
         if tensors is not self._latest:
-            for there, here in zip(self.inputs, tensors, strict=True):
-                there.copy_(here, non_blocking=True)
+            copy_all(self.inputs, tensors)
             self._latest = tensors
 
     def record(self, function: Function, stream: torch.cuda.Stream | None, pool: Any) -> None:

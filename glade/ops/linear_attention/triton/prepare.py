@@ -18,6 +18,7 @@ the blocks of twice the size is X - X T_l X.
 import triton
 import triton.language as tl
 
+from glade.ops.linear_attention.triton.cache import discard
 from glade.ops.linear_attention.triton.tiles import (
     NONE,
     SCALAR,
@@ -72,7 +73,7 @@ def prepare_kernel(
     HV, GROUP, K,
     KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     m, head = tl.program_id(0), tl.program_id(1)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
@@ -166,6 +167,8 @@ def prepare_kernel(
                 lower += tl.dot(e_tile, tl.trans(k_tile), input_precision=PRECISION)
 
     if GATE == VECTOR:
+        if not INTERPRETED:
+            discard(G, C * KP * (G_TYPE.primitive_bitwidth // 8))
         products, lower = of_a_chunk(near, products, C), of_a_chunk(near_lower, lower, C)
     else:
         not_after = rows[:, None] >= rows[None, :]

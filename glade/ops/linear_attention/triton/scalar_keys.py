@@ -73,23 +73,25 @@ def scalar_keys_kernel(
     v = token_head(v, v_strides, row, start, head)
     if WRITE != NONE:
         write = token_head(write, write_strides, row, start, head)
+    # all that is read before the loop is asked for before any of it is used: one wait instead of three
+    d_out = load_values(do + first_head * V, rows, live, values, HV, V).to(DTYPE)
+    r = load_written(
+        R + first_head * V, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE
+    )
+    if ERASE != NONE:
+        dr = load_values(dR + first_head * V, rows, live, values, HV, V)
+        of_gate = token_head(erase, erase_strides, row, start, head) + rows * erase_strides[1]
+        gate = tl.load(of_gate, mask=rows < live, other=0.0).to(tl.float32)
     if GATE == SCALAR:
         logs = tl.load(token_head(g, g_strides, row, start, head) + rows * g_strides[1], mask=rows < live, other=0.0)
         logs = log2_decay(logs, G_TYPE)
         sums, last = tl.cumsum(logs, 0), tl.sum(logs, 0)
         to_row = tl.exp2(sums.to(tl.float32))[:, None]
         to_end = tl.exp2((last - sums).to(tl.float32))[:, None]
-    if ERASE != NONE:
-        of_gate = token_head(erase, erase_strides, row, start, head) + rows * erase_strides[1]
-        gate = tl.load(of_gate, mask=rows < live, other=0.0).to(tl.float32)
 
     # Products of pairs, as later by earlier token and the other way round: a product in registers is the left side of
     # the next as it is; its transpose would go through shared memory.
     later, earlier = rows[:, None], rows[None, :]
-    d_out = load_values(do + first_head * V, rows, live, values, HV, V).to(DTYPE)
-    r = load_written(
-        R + first_head * V, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE
-    )
     d_products = tl.dot(d_out, tl.trans(r), input_precision=PRECISION)
     with_itself = tl.sum(tl.where(later == earlier, d_products, 0.0), 1)[:, None] * scale
     if GATE == SCALAR:
@@ -100,7 +102,6 @@ def scalar_keys_kernel(
         d_products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
     dp_t = tl.where(later < earlier, d_products * scale, 0.0).to(DTYPE)
     if ERASE != NONE:
-        dr = load_values(dR + first_head * V, rows, live, values, HV, V)
         d_lower = tl.dot(dr, tl.trans(r), input_precision=PRECISION)
         if GATE == SCALAR:
             d_lower *= tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0).to(tl.float32))

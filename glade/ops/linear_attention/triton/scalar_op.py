@@ -33,8 +33,8 @@ from glade.ops.parts import gradient_like
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
     """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks, what each chunk keeps of a state,
-    and M of each segment. Of no elements: what the gates do not need; R and S, which only a backward reads, unless it
-    is to follow; and the last two unless sequences are cut."""
+    M of each segment, and the products of pairs of each chunk. Of no elements: what the gates do not need; R, S and the
+    products, which only a backward reads, unless it is to follow; and what is of segments unless sequences are cut."""
     M, HV, C, KP, VP = num_chunks, call.HV, call.chunk, call.KP, call.VP
     erased = call.erase > 0
     rows = [(M, HV, C if given else 0) for given in (call.gate > 0, erased, call.write == 1)]
@@ -44,7 +44,8 @@ def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, kee
     shapes, dtypes = rows + tiles, dtypes + [call.dtype] * len(tiles)
     empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     fading = v.new_empty(M if call.gate and call.segment else 0, HV, dtype=torch.float32)
-    return [*empty, fading, what_segments_keep(call, v)]
+    products = v.new_empty(M, HV, C, C if keep else 0, dtype=call.dtype)
+    return [*empty, fading, what_segments_keep(call, v), products]
 
 
 def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
@@ -89,7 +90,7 @@ def _forward_states(
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     scalar_forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
-        *kept[:4], o, initial, final, *kept[4:6], *call.along(chunks), spans.firsts, spans.a_row, scale,
+        *kept[:4], o, initial, final, *kept[4:6], kept[8], *call.along(chunks), spans.firsts, spans.a_row, scale,
         *constants(call.HV, call.group, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
@@ -126,11 +127,11 @@ def _backward_states(
     launch = call.config.backward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     blocks = call.VP // BV
-    d_write = call.gradient_in_parts(write, blocks)
+    d_write = call.gradient_in_parts(write, call.VP // 16)
     if d_final.numel() > 0:
         scalar_backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
             do, q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
-            *kept[:4], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks),
+            *kept[:4], kept[8], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks),
             spans.firsts, spans.a_row, call.num_token_heads, scale,
             *constants(call.HV, call.group, call.K, call.V, token_stride(dv)),
             KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,

@@ -1,18 +1,17 @@
 """Scalar gates, kernels 2 and 3: the pass over the chunks of a sequence, forwards and backwards, for a block of value
 channels.
 
-A scalar decay multiplies rows of products, so that q and k are read as they are and no gated copy of them is made; the
-products of the chunk's pairs are made again where they are used. With S the state before a chunk, dS the gradient of
-the state after it, D_rc = exp(G_r - G_c) for r >= c and zero otherwise:
+A scalar decay multiplies rows of products, so that q and k are read as they are and no gated copy of them is made. The
+products of the chunk's pairs, P = scale D * q k^T, are made by the pass forwards, and read by the one backwards. With S
+the state before a chunk, dS the gradient of the state after it, D_rc = exp(G_r - G_c) for r >= c and zero otherwise:
 
     R = A (write v - erase exp(G) (k S))                     S <- exp(G_C) S + k^T (exp(G_C - G) R)
-    o = scale (exp(G) (q S) + (D * q k^T) R)
-    dR^ = A^T (scale (D * q k^T)^T do + exp(G_C - G) (k dS))
+    o = scale exp(G) (q S) + P R                             dR^ = A^T (P^T do + exp(G_C - G) (k dS))
     dS <- exp(G_C) dS + q^T (scale exp(G) do) - k^T (erase exp(G) dR^)
     dv = write dR^       d_write = v dR^
 
-Without erase A is the identity, and neither R nor dR^ is kept. A gradient of a scalar `write` is written for each block
-of value channels.
+Without erase A is the identity, and neither R nor dR^ is kept. A gradient of a scalar `write` is written for every
+sixteen value channels.
 
 All is held as value channels by tokens or by key channels, the transpose of what stands above: S, z, R and their
 gradients are then the left sides of their products, which `wgmma` takes from registers, and k, q and A the right ones,
@@ -30,11 +29,11 @@ from glade.ops.linear_attention.triton.tiles import (
     NONE,
     SCALAR,
     VECTOR,
-    chunk_tokens,
     load_rows,
-    pair_decay,
+    row_of_chunk,
     sequence_chunks,
     token_head,
+    tokens_of_chunk,
 )
 
 
@@ -71,7 +70,7 @@ def values_to_write(
 def scalar_forward_states_kernel(
     q, k, v, write, q_strides, k_strides, v_strides, write_strides,
     G, erase_rows, write_rows, A,
-    o, initial, final, R, S_before,
+    o, initial, final, R, S_before, P,
     starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row, scale,
     HV, GROUP, K, V,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
@@ -84,6 +83,7 @@ def scalar_forward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    row = row_of_chunk(first, chunks_a_row, PACKED)
     first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
@@ -99,7 +99,7 @@ def scalar_forward_states_kernel(
         S = tl.zeros([BV, KP], tl.float32)
     for m in tl.range(first, end_chunk, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
-        row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
         tile = m.to(tl.int64) * HV + head
         q_head = token_head(q, q_strides, row, start, head // GROUP)
         k_head = token_head(k, k_strides, row, start, head // GROUP)
@@ -107,7 +107,7 @@ def scalar_forward_states_kernel(
         k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
         # Made first, and rounded at once: later it would stand in registers beside all the other sums. Its rows are
         # the earlier tokens.
-        products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
         if GATE == SCALAR:
             sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
             products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
@@ -129,10 +129,14 @@ def scalar_forward_states_kernel(
             span = (first_span + (m - first) // SPAN).to(tl.int64) * HV + head
             if (m - first) % SPAN == 0:
                 tl.store(S_before + span * KP * VP + states, S_low)
+            if block == 0:
+                tl.store(P + tile * C * C + square, products)
         r = z.to(DTYPE)
         if GATE == SCALAR:
-            out *= to_row[None, :]
-        out = tl.dot(r, products, out, input_precision=PRECISION) * scale
+            out *= (to_row * scale)[None, :]
+        else:
+            out *= scale
+        out = tl.dot(r, products, out, input_precision=PRECISION)
         at_end = r
         if GATE == SCALAR:
             at_end = (z * to_end[None, :]).to(DTYPE)
@@ -150,7 +154,7 @@ def scalar_forward_states_kernel(
 @triton.jit
 def scalar_backward_states_kernel(
     do, q, k, v, write, q_strides, k_strides, v_strides, write_strides,
-    G, erase_rows, write_rows, A,
+    G, erase_rows, write_rows, A, P,
     d_final, d_initial, dv, d_write, dR, dS_after,
     starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row, num_token_heads, scale,
     HV, GROUP, K, V, dv_stride,
@@ -163,10 +167,10 @@ def scalar_backward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    row = row_of_chunk(first, chunks_a_row, PACKED)
     first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
-    not_after = rows[:, None] >= rows[None, :]
     square = rows[:, None] * C + rows[None, :]
     states = columns[:, None] * KP + dims[None, :]
     token_values = columns[:, None] + rows[None, :] * (HV * V)
@@ -175,7 +179,7 @@ def scalar_backward_states_kernel(
     dS = tl.load(d_final + of_sequence + state_at, mask=in_state, other=0.0)
     for step in tl.range(0, end_chunk - first, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + (end_chunk - 1 - step)
-        row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
         tile = m.to(tl.int64) * HV + head
         q_head = token_head(q, q_strides, row, start, head // GROUP)
         k_head = token_head(k, k_strides, row, start, head // GROUP)
@@ -187,24 +191,20 @@ def scalar_backward_states_kernel(
         at_out = do + first_head * V + columns[None, :] + rows[:, None] * (HV * V)
         d_out = tl.load(at_out, mask=(rows < live)[:, None] & (columns < V)[None, :], other=0.0).to(DTYPE)
         if GATE == SCALAR:
-            sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
+            _, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
 
         if WRITE != NONE:
             v_tile = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V)
         if WRITE == VECTOR:
             gate = token_head(write, write_strides, row, start, head)
             gate_tile = load_rows(gate, write_strides, rows, live, columns, V)
-        # the later token is the row here, the earlier one the column
-        products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        if GATE == SCALAR:
-            products *= pair_decay(sums, C)
-        products = tl.where(not_after, products, 0.0).to(DTYPE)
+        products = tl.load(P + tile * C * C + square)
         dS_low = dS.to(DTYPE)
         z = tl.dot(dS_low, tl.trans(k_tile), input_precision=PRECISION)
         if GATE == SCALAR:
             z *= to_end[None, :]
         d_out = tl.trans(d_out)
-        z = tl.dot(d_out, products, z, input_precision=PRECISION)
+        z = tl.dot(d_out, tl.trans(products), z, input_precision=PRECISION)
         span = (first_span + (m - first) // SPAN).to(tl.int64) * HV + head
         if ((m - first) % SPAN == SPAN - 1) | (m == end_chunk - 1):
             tl.store(dS_after + span * KP * VP + states, dS_low)
@@ -226,8 +226,11 @@ def scalar_backward_states_kernel(
         if WRITE != NONE:
             d_gate = z * tl.trans(v_tile).to(tl.float32)
             if WRITE == SCALAR:
-                at = d_write + block.to(tl.int64) * num_token_heads + first_head + rows * HV
-                tl.store(at, tl.sum(d_gate, 0), mask=rows < live)
+                # by sixteens, which a warp holds: nothing passes from warp to warp
+                parts = tl.arange(0, BV // 16)[:, None]
+                at = d_write + (block * (BV // 16) + parts).to(tl.int64) * num_token_heads + first_head
+                of_parts = tl.sum(tl.reshape(d_gate, [BV // 16, 16, C]), 1)
+                tl.store(at + rows[None, :] * HV, of_parts, mask=rows[None, :] < live)
                 z *= tl.load(write_rows + tile * C + rows)[None, :]
             else:
                 tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)

@@ -24,11 +24,12 @@ from glade.ops.linear_attention.triton.tiles import (
     NONE,
     SCALAR,
     VECTOR,
-    chunk_tokens,
     load_gate,
     load_rows,
+    row_of_chunk,
     sequence_chunks,
     token_head,
+    tokens_of_chunk,
 )
 
 
@@ -70,6 +71,7 @@ def forward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    row = row_of_chunk(first, chunks_a_row, PACKED)
     first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
@@ -86,7 +88,7 @@ def forward_states_kernel(
         S = tl.zeros([KP, BV], tl.float32)
     for m in tl.range(first, end_chunk, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
-        row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
         tile = m.to(tl.int64) * HV + head
 
         z = values_to_write(v, v_strides, write, write_strides, row, start, head, rows, live, columns, V, WRITE)
@@ -127,6 +129,7 @@ def backward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    row = row_of_chunk(first, chunks_a_row, PACKED)
     first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
@@ -140,7 +143,7 @@ def backward_states_kernel(
     dS = tl.load(d_final + of_sequence + state_at, mask=in_state, other=0.0)
     for step in tl.range(0, end_chunk - first, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + (end_chunk - 1 - step)
-        row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
         tile = m.to(tl.int64) * HV + head
 
         first_token = row.to(tl.int64) * num_tokens + start

@@ -22,12 +22,29 @@ LEAST_LOG = tl.constexpr(-150.0)
 @triton.jit
 def chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PACKED: tl.constexpr):
     """Chunk m: its batch row, its first token there, and how many tokens its sequence has from there on."""
+    row = row_of_chunk(m, chunks_a_row, PACKED)
+    start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+    return row, start, live
+
+
+@triton.jit
+def row_of_chunk(m, chunks_a_row, PACKED: tl.constexpr):
+    """One for all chunks of a sequence: loops over them find it once, since to divide takes forty instructions."""
     if PACKED:
-        row, start, end = tl.zeros([], tl.int32), tl.load(starts + m), tl.load(ends + m)
+        row = tl.zeros([], tl.int32)
     else:
         row = m // chunks_a_row
+    return row
+
+
+@triton.jit
+def tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PACKED: tl.constexpr):
+    """Chunk m of a batch row: its first token there, and how many tokens its sequence has from there on."""
+    if PACKED:
+        start, end = tl.load(starts + m), tl.load(ends + m)
+    else:
         start, end = (m - row * chunks_a_row) * C, num_tokens
-    return row, start, end - start
+    return start, end - start
 
 
 @triton.jit

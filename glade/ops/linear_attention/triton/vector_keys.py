@@ -189,8 +189,8 @@ def vector_keys_kernel(
     if ERASE == NONE:
         far_lower = far_products
     onward = tl.zeros([BK], tl.float32)
-    for part in tl.static_range(0, NUM_CARRIED):
-        onward += tl.load(carried + (tile * NUM_CARRIED + part) * KP + columns)
+    for i in tl.static_range(0, NUM_CARRIED):
+        onward += tl.load(carried + (tile * NUM_CARRIED + i) * KP + columns)
 
     # Tiles are channels by rows: the registers that hold a product are then the left side of the next one as they are.
     q_sum = tl.zeros([BK, C], tl.float32)

@@ -79,7 +79,7 @@ def _prepare(call: Call, chunks: Chunks, q, k, g, erase, scale: float, kept: lis
         *constants(call.HV, call.group, call.K),
         KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
         GATE=call.gate, ERASE=call.erase, PACKED=call.packed, G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
-        **launch.options,
+        INTERPRETED=not q.is_cuda, **launch.options,
     )  # fmt: skip
 
 
