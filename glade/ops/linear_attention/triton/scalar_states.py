@@ -191,7 +191,7 @@ def scalar_backward_states_kernel(
         at_out = do + first_head * V + columns[None, :] + rows[:, None] * (HV * V)
         d_out = tl.load(at_out, mask=(rows < live)[:, None] & (columns < V)[None, :], other=0.0).to(DTYPE)
         if GATE == SCALAR:
-            _, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
+            _sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
 
         if WRITE != NONE:
             v_tile = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V)
