@@ -32,20 +32,24 @@ from glade.ops.parts import gradient_like
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
-    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks, what each chunk keeps of a state,
-    M of each segment, and the products of pairs of each chunk. Of no elements: what the gates do not need; R, S and the
-    products, which only a backward reads, unless it is to follow; and what is of segments unless sequences are cut."""
+    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks, P, the products of each chunk's
+    pairs, what each chunk keeps of a state, and M of each segment. Of no elements: what the gates do not need; R, S and
+    P, which only a backward reads, unless it is to follow; and the last two unless sequences are cut."""
     M, HV, C, KP, VP = num_chunks, call.HV, call.chunk, call.KP, call.VP
     erased = call.erase > 0
     rows = [(M, HV, C if given else 0) for given in (call.gate > 0, erased, call.write == 1)]
     dtypes = [call.sum_dtype, torch.float32, torch.float32]
     written = v.shape if erased and keep else (0,)
-    tiles = [(M, HV, C, C if erased else 0), written, (num_spans, HV, VP, KP if keep else 0)]
+    tiles = [
+        (M, HV, C, C if erased else 0),
+        written,
+        (num_spans, HV, VP, KP if keep else 0),
+        (M, HV, C, C if keep else 0),
+    ]
     shapes, dtypes = rows + tiles, dtypes + [call.dtype] * len(tiles)
     empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     fading = v.new_empty(M if call.gate and call.segment else 0, HV, dtype=torch.float32)
-    products = v.new_empty(M, HV, C, C if keep else 0, dtype=call.dtype)
-    return [*empty, fading, what_segments_keep(call, v), products]
+    return [*empty, fading, what_segments_keep(call, v)]
 
 
 def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
@@ -72,7 +76,7 @@ def _prepare(call: Call, chunks: Chunks, k, g, erase, write, kept: list[Tensor])
     launch = call.config.prepare
     scalar_prepare_kernel[(chunks.count, call.HV)](
         k, g, erase, write, *(strides_of(x) for x in (k, g, erase, write)),
-        *kept[:4], kept[6] if kept[6].numel() > 0 else None, *call.where(chunks),
+        *kept[:4], kept[7] if kept[7].numel() > 0 else None, *call.where(chunks),
         *constants(call.HV, call.group, call.K),
         KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed,
@@ -90,7 +94,7 @@ def _forward_states(
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     scalar_forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
-        *kept[:4], o, initial, final, *kept[4:6], kept[8], *call.along(chunks), spans.firsts, spans.a_row, scale,
+        *kept[:4], o, initial, final, *kept[4:7], *call.along(chunks), spans.firsts, spans.a_row, scale,
         *constants(call.HV, call.group, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
@@ -131,7 +135,7 @@ def _backward_states(
     if d_final.numel() > 0:
         scalar_backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
             do, q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
-            *kept[:4], kept[8], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks),
+            *kept[:4], kept[6], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks),
             spans.firsts, spans.a_row, call.num_token_heads, scale,
             *constants(call.HV, call.group, call.K, call.V, token_stride(dv)),
             KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
