@@ -249,7 +249,7 @@ def vector_keys_kernel(
         which = tl.broadcast_to(to_anchor(row_in_sixteen, others, level), [N, 16, 16])
         # In bf16 the logs' rest is left out: 2^-s for a sum s of them is off by s 2^-s 2^-9 ln 2, 7e-4 at most, where
         # its own rounding is 2e-3. (Not so below, where such a sum is taken from another.)
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             x = tl.exp2(tl.dot(logs, tl.where(which, 1.0, 0.0).to(logs.dtype), input_precision=PRECISION))
         else:
             x = tl.exp2(sum_of_logs(logs, rest_of_logs, which, PRECISION))
