@@ -1,4 +1,4 @@
-"""What the L2 cache is told: nothing of it changes a result. Triton's interpreter has no assembler: it leaves it out."""
+"""What the L2 cache is told. It changes no result; Triton's interpreter, which has no assembler, leaves it out."""
 
 # Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
