@@ -39,7 +39,7 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
     states += [Launch(64, 8, 2), Launch(64, 8, 3), Launch(128, 8, 2)]
     prepare = [Launch(*x) for x in ((32, 2), (64, 2), (64, 4), (128, 2), (128, 4), (128, 8))]
     prepare += [Launch(block, 4, registers=168) for block in (64, 128)]
-    values = [Launch(*x) for x in ((64, 2, 2), (64, 4, 2), (128, 4, 1), (128, 4, 2))]
+    values = [Launch(*x) for x in ((64, 2, 2), (64, 2, 3), (64, 4, 2), (128, 4, 1), (128, 4, 2))]
     # keys: never more than a warp for 16 channels or tokens (`Launch.warps`), and `vector_keys` takes 32 channels
     keys = [
         Launch(block, warps, stages, block_v)
