@@ -53,7 +53,7 @@ class MoE(nn.Module):
     """Mixture of SwiGLU experts: each token goes to its k most probable ones, and to a shared one if there is one.
 
         p = softmax(router x) in fp32 at least,  E = top k of p,  y = sum_{e in E} p_e / sum_E p * expert_e(x)
-                                                             + sigmoid(shared_gate x) * shared(x)
+                                                                      + sigmoid(shared_gate x) * shared(x)
 
     The load-balancing loss is num_experts * sum_e f_e P_e, with f_e the share of assignments expert e received and
     P_e its mean probability: 1 when balanced. No token is dropped.
