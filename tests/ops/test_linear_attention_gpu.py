@@ -1,4 +1,4 @@
-"""Linear attention on a GPU, each backend against fp64; and the kernels' logic on the CPU, in Triton's interpreter.
+"""Linear attention on a GPU, each backend against fp64.
 
 The token loop is the reference for short sequences. For the long shapes that are timed, where its saved states would
 not fit, it is backend `torch` in fp64, which `test_linear_attention.py` holds to the token loop.
@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from glade.errors import BackendError
-from glade.ops.linear_attention import available_backends, dispatch, linear_attention, linear_attention_step_
+from glade.ops.linear_attention import available_backends, linear_attention, linear_attention_step_
 from glade.ops.linear_attention.parity import (
     CORNERS,
     GATES,
@@ -24,7 +24,6 @@ from glade.ops.linear_attention.parity import (
     make_inputs,
     run_with_gradients,
 )
-from glade.ops.linear_attention.register import register
 
 ALL_CORNERS = [Corner(*kinds) for kinds in itertools.product(("none", "scalar", "vector"), repeat=3)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -39,8 +38,8 @@ def call(inputs, backend, cu_seqlens=None, **replaced):
     return linear_attention(q, k, v, **inputs, cu_seqlens=cu_seqlens, backend=backend)
 
 
-def borders(*lengths, device="cuda"):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+def borders(*lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
 
 
 def inputs_of(corner, shape, **settings):
@@ -339,167 +338,3 @@ def test_wrong_calls():
         call(inputs_of("gla", Shape(B=1), given_state=False), "triton", borders(10, 20))
     with pytest.raises(BackendError, match=r"up to 256 channels; these have 300\. Use 'torch'"):
         call(inputs_of("gla", Shape(1, 4, 1, 1, 300, 8)), "triton")
-
-
-@pytest.mark.slow
-def test_the_kernels_in_the_interpreter(interpret):
-    interpret(in_the_interpreter)
-
-
-def in_the_interpreter():
-    """All kernels, in fp32 and fp16, since the interpreter multiplies bf16 as bits."""
-    from glade.ops.linear_attention.triton import configs
-
-    register_interpreted()
-    shape, packed = Shape(B=1, T=70, H=1, HV=2, K=24, V=20), Shape(1, 41, 1, 1)
-    cu_seqlens = borders(3, 0, 37, 1, device="cpu")
-    for name, corner in CORNERS.items():
-        for gate in ("mild", "extreme") if name in ("gdn", "gdn2") else ("mild",):
-            check_interpreted(corner, shape, gate=gate)
-    for corner in (Corner("scalar", "vector", "none"), Corner("scalar", "scalar", "vector")):
-        check_interpreted(corner, packed, cu_seqlens)
-    check_interpreted(CORNERS["kda"], Shape(1, 33, 1, 1), dtype=torch.float16)
-    check_interpreted_step()
-    # states kept at every second chunk only
-    nearest = configs.nearest
-    configs.nearest = lambda *key: nearest(*key)._replace(chunk=16, span=2)
-    check_interpreted(CORNERS["gdn"], shape._replace(T=49))
-    check_interpreted(CORNERS["linear"], shape)
-    check_interpreted(CORNERS["gdn"], packed, cu_seqlens)
-    for name in ("gla", "gdn2"):
-        check_interpreted(CORNERS[name], shape._replace(T=49))
-        check_interpreted(CORNERS[name], packed, cu_seqlens, gate="extreme")
-    check_interpreted(Corner("vector", "scalar", "none"), shape._replace(T=15))
-    check_interpreted(Corner("scalar", "vector", "none"), shape)  # whose keys take single chunks
-    configs.nearest = lambda *key: nearest(*key)._replace(chunk=32, span=2)
-    check_interpreted(CORNERS["gla"], shape)
-    check_interpreted(CORNERS["kda"], shape._replace(T=135), gate="saturated")
-    check_interpreted(CORNERS["gdn2"], packed, cu_seqlens, dtype=torch.float16)
-    wide = configs.WIDE
-    configs.WIDE = wide._replace(sum_dtype=torch.float32)  # sums of logs as products, as bf16 has them
-    for name in ("gla", "gdn2"):
-        check_interpreted(CORNERS[name], shape)
-    configs.WIDE = wide
-    configs.nearest = lambda *key: nearest(*key)._replace(chunk=16, span=2)
-    check_segments()
-    check_chunks_that_matter()
-    check_gradients_beside_each_other()
-    check_recomputed_gradients_lie_where_they_belong()
-
-
-def check_gradients_beside_each_other():
-    """q, k and v as slices of one tensor, whose gradient the kernels write as it lies."""
-    from glade.ops import parts
-
-    parts.serves = lambda x: x.requires_grad
-    same_place, places = parts.same_place, []
-    parts.same_place = lambda x, y: places.append(same_place(x, y)) or places[-1]
-    cu_seqlens = borders(3, 0, 37, 1, device="cpu")
-    cases = [("scalar", "gdn", None), ("scalar", "linear", cu_seqlens), ("op", "gdn2", None), ("op", "gla", cu_seqlens)]
-    for backend, corner, packed in cases:
-        shape = Shape(1 if packed is not None else 2, 41, 2, 2, 24, 40)
-        inputs = make_inputs(CORNERS[corner], shape, cu_seqlens=packed)
-        slices = [inputs.pop(name) for name in "qkv"]
-        joint = torch.cat([x.flatten(-2) for x in slices], -1).requires_grad_()
-        gradients = []
-        for cut in (parts.split, lambda x, sizes: x.split(sizes, -1)):
-            q, k, v = (x.unflatten(-1, (2, -1)) for x in cut(joint * 1, [x.flatten(-2).shape[-1] for x in slices]))
-            o, state = linear_attention(q, k, v, **inputs, cu_seqlens=packed, backend=backend)
-            loss = (o * torch.linspace(0, 1, o.numel()).view_as(o)).sum() + state.sum()
-            gradients += torch.autograd.grad(loss, joint)
-        assert torch.equal(*gradients), corner
-    assert len(places) == 3 * len(cases) and all(places)
-
-
-def check_recomputed_gradients_lie_where_they_belong():
-    """Recomputing for a fourth of the heads at a time, the kernels write into the gradients of all heads."""
-    from glade.ops.linear_attention import recomputing
-    from glade.ops.linear_attention import register as rule
-
-    rule.MANY_BYTES = 0
-    same_place, cu_seqlens = rule.same_place, borders(3, 0, 37, 1, device="cpu")
-    for backend, corner, packed in (("scalar", "gdn", None), ("op", "gla", cu_seqlens)):
-        places = []
-        rule.same_place = lambda x, y, places=places: places.append(same_place(x, y)) or places[-1]
-        shape = Shape(2 if packed is None else 1, 41, 4, 4, 24, 40)
-        inputs = make_inputs(CORNERS[corner], shape, cu_seqlens=packed)
-        leaves = {name: x.requires_grad_() for name, x in inputs.items() if x is not None}
-        found = []
-        for on in (False, True):
-            with recomputing(on):
-                o, state = linear_attention(**leaves, cu_seqlens=packed, backend=backend)
-            loss = (o * torch.linspace(0, 1, o.numel()).view_as(o)).sum() + state.sum()
-            found.append(torch.autograd.grad(loss, list(leaves.values())))
-        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True)), corner
-        assert [sum(places[i : i + 3]) for i in range(0, len(places), len(leaves))] == [3] * 4, places
-
-
-def check_segments():
-    """Sequences in segments of four chunks of 16 tokens, and of two: rows, documents, more value channels than a
-    program takes, and more key channels than the scan takes at a time."""
-    from glade.ops.linear_attention.triton import call as rule
-
-    long, documents = Shape(B=1, T=135, H=1, HV=2, K=24, V=20), Shape(1, 183, 1, 1)
-    cu_seqlens = borders(3, 0, 97, 1, 82, device="cpu")
-    rule.LEAST_CHUNKS = 2
-    for corner in CORNERS.values():
-        check_interpreted(corner, long, segments=3)
-    check_interpreted(CORNERS["gdn"], long, segments=3, gate="saturated", given_state=False)
-    rule.LEAST_CHUNKS = rule.LEAST_SEGMENTS = 1
-    check_interpreted(CORNERS["gdn"], Shape(B=2, T=71, H=1, HV=1, K=40, V=80), segments=6)
-    check_interpreted(CORNERS["gdn"], Shape(B=1, T=71, H=1, HV=1, K=136, V=16), segments=3)
-    check_interpreted(Corner("scalar", "scalar", "vector"), documents, cu_seqlens, segments=10, gate="extreme")
-    for name in ("scalar-decay", "gla", "gdn2"):
-        check_interpreted(CORNERS[name], documents, cu_seqlens, segments=10, gate="extreme")
-
-
-def check_chunks_that_matter():
-    """From a segment's end, and from its beginning; chunks that grow a state count, however far away what fades is."""
-    global tl, chunks_that_matter  # where a kernel looks for names
-    import triton
-    import triton.language as tl
-
-    from glade.ops.linear_attention.triton.scalar_segments import chunks_that_matter
-
-    @triton.jit
-    def kernel(fading, first, end, found):
-        tl.store(found, chunks_that_matter(fading, first, end, 1, 2, False))
-        tl.store(found + 1, chunks_that_matter(fading, first, end, 1, 2, True))
-
-    def count(faded):
-        return max([i + 1 for i in range(len(faded)) if sum(faded[:i]) > -126], default=0)
-
-    generator = torch.Generator().manual_seed(0)
-    for chunks, rate in ((0, 1.0), (1, 200.0), (7, 40.0), (150, 1.5), (150, 0.5), (64, 2.0)):
-        faded = (-rate * torch.rand(chunks + 3, generator=generator)).double().round(decimals=2)
-        faded[chunks // 2 + 1] = 100.0
-        table = torch.stack([torch.zeros_like(faded), faded], 1).float().contiguous()
-        found = torch.zeros(2, dtype=torch.int32)
-        kernel[(1,)](table, 2, 2 + chunks, found)
-        segment = faded[2 : 2 + chunks].tolist()
-        assert found.tolist() == [count(segment[::-1]), count(segment)], (chunks, rate)
-
-
-def register_interpreted():
-    """`op` as a backend for the CPU, and the kernels for scalar gates, which `op` itself takes in bf16 only."""
-    from glade.ops.linear_attention.triton import op, scalar_op, step
-
-    for name, kernels in {"op": op, "scalar": scalar_op}.items():
-        run = register(name, kernels.forward, kernels.backward, kernels.kept_like)
-        dispatch.BACKENDS[name] = dispatch.Backend(name, run, step.step_, lambda device, dtype: None, automatic=False)
-
-
-def check_interpreted(corner, shape, cu_seqlens=None, dtype=torch.float32, segments=0, **settings):
-    inputs = make_inputs(corner, shape, cu_seqlens=cu_seqlens, dtype=dtype, **settings)
-    backend = "op" if "vector" in (corner.g, corner.erase) else "scalar"
-    assert segments_of(inputs, cu_seqlens) == segments
-    found = errors(inputs, backend, cu_seqlens)
-    assert not failures(found, dtype), (corner, shape, settings, found)
-
-
-def check_interpreted_step():
-    inputs = {n: x if n == "state" else x[:, 0] for n, x in make_inputs(CORNERS["gdn2"], Shape(T=1)).items()}
-    states = {backend: inputs["state"].clone() for backend in ("reference", "op")}
-    outputs = [linear_attention_step_(**{**inputs, "state": state}, backend=b) for b, state in states.items()]
-    torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(*states.values())
