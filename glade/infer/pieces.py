@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glade.infer.captured.graphs import Graphs
-from glade.infer.rows import join, row_of, split, tensors_of, with_tensors
+from glade.infer.rows import join, row_of, split
 from glade.infer.slots import evaluating
 from glade.model.lm import LanguageModel
 from glade.model.mixers.attention import Attention
@@ -58,10 +58,9 @@ class Pieces:
         tensors = [
             torch.tensor([ids]).to(device, non_blocking=True),
             torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True),
-            *tensors_of(before),
+            *before.tensors(),
         ]
-        position, *fields = self._graphs.run((T, N), tensors, self._function)
-        after = with_tensors(self._none, position, fields)
+        after = self._none.with_tensors(self._graphs.run((T, N), tensors, self._function))
         # copies: the next call overwrites what this one answers
         return [row_of(after, i) for i in range(len(pieces))]
 
@@ -78,13 +77,13 @@ class Pieces:
             _, after = self.model(ids, before, cu_seqlens=cu_seqlens, logits="none")
         return split(after, after.position.tolist(), self.growing)
 
-    def _function(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _function(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What is recorded: the state's tensors after the tokens."""
-        ids, cu_seqlens, position, *fields = inputs
+        ids, cu_seqlens, *before = inputs
         declare_longest(cu_seqlens, ids.shape[1])
         with evaluating(self.model), asked_once_a_recording():
-            _, after = self.model(ids, with_tensors(self._none, position, fields), cu_seqlens=cu_seqlens, logits="none")
-        return tensors_of(after)
+            _, after = self.model(ids, self._none.with_tensors(before), cu_seqlens=cu_seqlens, logits="none")
+        return after.tensors()
 
     def _check(self, pieces: Sequence[Sequence[int]]) -> None:
         """What a recording cannot look at, and a GPU would stop for."""

@@ -56,19 +56,7 @@ def split(state: State, lengths: Sequence[int], growing: Sequence[bool]) -> list
 
 def row_of(state: State, row: int) -> State:
     """A row as a state of its own, copied."""
-    position, *fields = copies_of([x[row : row + 1] for x in tensors_of(state)])
-    return with_tensors(state, position, fields)
-
-
-def tensors_of(state: State) -> list[Tensor]:
-    """The position, and the layers' tensors in order."""
-    return [state.position, *(x for layer in state.layers for x in layer)]
-
-
-def with_tensors(like: State, position: Tensor, fields: Sequence[Tensor]) -> State:
-    """`fields` as layers of the same kinds as those of `like`."""
-    left = iter(fields)
-    return State(tuple(type(layer)(*(next(left) for _ in layer)) for layer in like.layers), position)
+    return state.with_tensors(copies_of([x[row : row + 1] for x in state.tensors()]))
 
 
 def trim(state: State, length: int, growing: Sequence[bool]) -> State:

@@ -6,7 +6,7 @@ layers' parts are NamedTuples of tensors whose first axis is the row, so that ev
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,7 +67,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        return tensor_bytes((self.position, *(x for layer in self.layers for x in layer)))
+        return tensor_bytes(self.tensors())
 
     def save(
         self,
@@ -112,9 +112,18 @@ class State:
         """
         return read_state_file(path, model).state
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The position, and the layers' tensors in order."""
+        return (self.position, *(x for layer in self.layers for x in layer))
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> "State":
+        """A state of the same kinds of layers with these in the place of its `tensors`."""
+        position, *fields = tensors
+        left = iter(fields)
+        return State(tuple(type(layer)(*(next(left) for _ in layer)) for layer in self.layers), position)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "State":
-        layers = tuple(type(layer)(*map(function, layer)) for layer in self.layers)
-        return State(layers, function(self.position))
+        return self.with_tensors(map(function, self.tensors()))
 
 
 def check_state(expected: State, given: State, name: str) -> None:

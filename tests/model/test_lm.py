@@ -250,13 +250,13 @@ class TestMoE:
         for b in range(2):
             for t in range(7):
                 token = x[b, t]
-                p = (moe.router.weight @ token).float().softmax(-1).double()
+                p = (moe.router.weight @ token).softmax(-1)
                 top, chosen = p.topk(2)
                 expected = torch.sigmoid(moe.shared_gate(token)) * moe.shared(token)[0]
                 for weight, e in zip(top / top.sum(), chosen.tolist(), strict=True):
                     hidden = F.silu(moe.gate[e] @ token) * (moe.up[e] @ token)
                     expected = expected + weight * (moe.down[e] @ hidden)
-                torch.testing.assert_close(y[b, t], expected, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(y[b, t], expected, rtol=1e-12, atol=1e-12)
 
     def test_load_balance_is_one_when_balanced_and_num_experts_when_collapsed(self) -> None:
         moe = MoE(dim=4, hidden=3, num_experts=4, experts_per_token=1, shared_hidden=0, renormalize=False)

@@ -17,7 +17,7 @@ TABLE = Path(__file__).with_name("table.json")
 
 # of an H100 or H200, which has 132, less a tenth: so many are as good as all
 MULTIPROCESSORS = 120
-LONGEST_OF_A_VECTOR = 32  # tokens of a chunk where g is a vector (`vector_keys.py`)
+LONGEST_OF_A_VECTOR = 32  # tokens of a chunk where g is a vector (`prepare.py`)
 KINDS = ("none", "scalar", "vector")
 
 

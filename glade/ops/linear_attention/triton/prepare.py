@@ -75,6 +75,7 @@ def prepare_kernel(
     GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert((GATE != VECTOR) | (C <= 32))  # of more than two sixteens not all pairs are made here
     m, head = tl.program_id(0), tl.program_id(1)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     tile = m.to(tl.int64) * HV + head
