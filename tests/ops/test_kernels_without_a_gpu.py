@@ -103,6 +103,7 @@ def in_the_interpreter():
         check_interpreted(corner, packed, cu_seqlens)
     check_interpreted(CORNERS["kda"], Shape(1, 33, 1, 1), dtype=torch.float16)
     check_interpreted_step()
+    check_gradients_of_outputs_alone()
     # states kept at every second chunk only
     nearest = configs.nearest
     configs.nearest = lambda *key: nearest(*key)._replace(chunk=16, span=2)
@@ -128,6 +129,20 @@ def in_the_interpreter():
     check_chunks_that_matter()
     check_gradients_beside_each_other()
     check_recomputed_gradients_lie_where_they_belong()
+
+
+def check_gradients_of_outputs_alone():
+    """Where nothing follows from the final state, its gradient is None and not zeros."""
+    for kernels, name in (("scalar", "gdn"), ("op", "gdn2")):
+        given = make_inputs(CORNERS[name], Shape(1, 37, 1, 2, 24, 20))
+        inputs = {n: x.requires_grad_() for n, x in given.items() if x is not None}
+        gradients = []
+        for backend in ("reference", kernels):
+            o = linear_attention(**inputs, backend=backend)[0]
+            loss = (o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum()
+            gradients.append(torch.autograd.grad(loss, list(inputs.values())))
+        for x, y in zip(*gradients, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 def check_gradients_beside_each_other():

@@ -18,6 +18,7 @@ from glade.ops.linear_attention.triton.launch import (
     kind_of,
     segments_of,
 )
+from glade.ops.linear_attention.triton.sums import sum_of_programs
 from glade.ops.parts import gradient_like
 
 # `wgmma` takes 64 rows: programs of fewer value channels only where half of the processors would have none
@@ -118,18 +119,19 @@ class Call:
         return dx if self.group == 1 else dx.unflatten(2, (self.H, self.group)).sum(3).to(x.dtype)
 
     def gradient_in_parts(self, x: Tensor | None, parts: int) -> Tensor | None:
-        """Empty, for the gradient of a gate: fp32, a part for each block of channels, where it is scalar."""
+        """Empty, for the gradient of a gate: where it is scalar a part for each block of channels, fp32 if they are to
+        be added up."""
         if x is None:
             return None
         if x.dim() == 4:
             return torch.empty_like(x, memory_format=torch.contiguous_format)
-        return x.new_empty(parts, *x.shape, dtype=torch.float32)
+        return x.new_empty(parts, *x.shape, dtype=torch.float32 if parts > 1 else x.dtype)
 
 
 def sum_of_parts(dx: Tensor | None, x: Tensor | None) -> Tensor | None:
     if dx is None or x is None or x.dim() == 4:
         return dx
-    return (dx[0] if len(dx) == 1 else dx.sum(0)).to(x.dtype)
+    return dx[0] if len(dx) == 1 else sum_of_programs(dx, x.dtype)
 
 
 def token_stride(dx: Tensor) -> int:

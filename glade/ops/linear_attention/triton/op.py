@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from glade.ops.linear_attention.contract import final_like
 from glade.ops.linear_attention.triton import scalar_op, vector_op
 from glade.ops.linear_attention.triton.configs import KINDS, is_scalar
 from glade.ops.linear_attention.triton.launch import kind_of
@@ -21,8 +20,6 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
 
 def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept) -> list[Tensor]:
     """Gradients of q, k, v, g, erase, write, state, those that are given, in that order."""
-    if d_final is None:
-        d_final = final_like(q, v, cu_seqlens).zero_()
     return _path(v, g, erase).backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, kept)
 
 

@@ -89,27 +89,26 @@ def scalar_keys_kernel(
         to_row = tl.exp2(sums.to(tl.float32))[:, None]
         to_end = tl.exp2((last - sums).to(tl.float32))[:, None]
 
-    # Products of pairs, as later by earlier token and the other way round: a product in registers is the left side of
-    # the next as it is; its transpose would go through shared memory.
+    # Products of pairs, as later by earlier token and the other way round. A product in registers is the left side of
+    # the next as it is, its transpose one in shared memory; of two there would be too many for two programs.
     later, earlier = rows[:, None], rows[None, :]
     d_products = tl.dot(d_out, tl.trans(r), input_precision=PRECISION)
     with_itself = tl.sum(tl.where(later == earlier, d_products, 0.0), 1)[:, None] * scale
     if GATE == SCALAR:
         d_products *= tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0).to(tl.float32))
     dp = tl.where(later > earlier, d_products * scale, 0.0).to(DTYPE)
-    d_products = tl.dot(r, tl.trans(d_out), input_precision=PRECISION)
-    if GATE == SCALAR:
-        d_products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
-    dp_t = tl.where(later < earlier, d_products * scale, 0.0).to(DTYPE)
-    if ERASE != NONE:
+    if ERASE == NONE:
+        dp_t = tl.trans(dp)
+    else:
+        d_products = tl.dot(r, tl.trans(d_out), input_precision=PRECISION)
+        if GATE == SCALAR:
+            d_products *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
+        dp_t = tl.where(later < earlier, d_products * scale, 0.0).to(DTYPE)
         d_lower = tl.dot(dr, tl.trans(r), input_precision=PRECISION)
         if GATE == SCALAR:
             d_lower *= tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0).to(tl.float32))
-        dt = tl.where(later > earlier, -d_lower, 0.0).to(DTYPE)
-        d_lower = tl.dot(r, tl.trans(dr), input_precision=PRECISION)
-        if GATE == SCALAR:
-            d_lower *= tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0).to(tl.float32))
-        dt_t = tl.where(later < earlier, -d_lower * gate[None, :], 0.0).to(DTYPE)
+        d_lower = tl.where(later > earlier, -d_lower, 0.0)
+        dt, dt_t = d_lower.to(DTYPE), tl.trans((d_lower * gate[:, None]).to(DTYPE))
 
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)

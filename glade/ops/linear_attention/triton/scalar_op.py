@@ -107,7 +107,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     call = Call(q, v, g, erase, write, cu_seqlens)
     chunks = chunks_of(v, cu_seqlens, call.chunk)
     spans, segments = call.spans_and_segments(v, cu_seqlens, chunks)
-    do, d_final = do.contiguous(), d_final.contiguous()
+    do, d_final = do.contiguous(), None if d_final is None else d_final.contiguous()
     dR, dS = torch.empty_like(kept[4]), torch.empty_like(kept[5])
     d_state = None if state is None else torch.empty_like(state, memory_format=torch.contiguous_format)
     dv = gradient_like(v)
@@ -131,9 +131,10 @@ def _backward_states(
     launch = call.config.backward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     blocks = call.VP // BV
-    d_write = call.gradient_in_parts(write, call.VP // 16)
-    if d_final.numel() > 0:
-        scalar_backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
+    d_write = call.gradient_in_parts(write, blocks)
+    programs = blocks * chunks.sequences * call.HV
+    if programs > 0:
+        scalar_backward_states_kernel[(programs,)](
             do, q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
             *kept[:4], kept[6], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks),
             spans.firsts, spans.a_row, call.num_token_heads, scale,

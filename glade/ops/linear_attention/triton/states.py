@@ -140,7 +140,10 @@ def backward_states_kernel(
     token_values = rows[:, None] * (HV * V) + columns[None, :]
     state_at = dims[:, None] * V + columns[None, :]
     of_sequence = sequence_head.to(tl.int64) * K * V
-    dS = tl.load(d_final + of_sequence + state_at, mask=in_state, other=0.0)
+    if d_final is None:
+        dS = tl.zeros([KP, BV], tl.float32)
+    else:
+        dS = tl.load(d_final + of_sequence + state_at, mask=in_state, other=0.0)
     for step in tl.range(0, end_chunk - first, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + (end_chunk - 1 - step)
         start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)

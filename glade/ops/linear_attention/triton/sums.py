@@ -7,14 +7,16 @@ torch's sum of so few numbers clears counters for its blocks first; here it is o
 # Triton need not be installed where there is no GPU
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import device_of
 
-COLUMNS = 8  # of a program: 32 bytes, the least that memory hands out; so there are many programs
+COLUMNS = 8  # of a program, at least: 32 bytes, the least that memory hands out; so there are many programs
 ROWS = 1024  # parts that a program reads at once
+TILE = 512  # numbers that it reads at once, at least: few parts have many columns
 
 
 @triton.jit
@@ -25,18 +27,19 @@ def sum_kernel(parts, sums, num_parts, width, R: tl.constexpr, BC: tl.constexpr)
         rows = first + tl.arange(0, R)
         live = (rows < num_parts)[:, None] & (columns < width)[None, :]
         total += tl.load(parts + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=live, other=0.0)
-    tl.store(sums + columns, tl.sum(total, 0), mask=columns < width)
+    tl.store(sums + columns, tl.sum(total, 0).to(sums.dtype.element_ty), mask=columns < width)
 
 
-def sum_of_programs(parts: Tensor) -> Tensor:
-    """The sum over the first axis of parts [programs, ...] fp32, contiguous."""
-    sums = parts.new_empty(parts.shape[1:])
+def sum_of_programs(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The sum over the first axis of parts [programs, ...] fp32, contiguous, rounded to `dtype` at the end."""
+    sums = parts.new_empty(parts.shape[1:], dtype=dtype)
     if len(parts) == 0:
         return sums.zero_()
     if sums.numel() > 0:
         R = min(ROWS, triton.next_power_of_2(len(parts)))
+        BC = max(COLUMNS, TILE // R)
         with device_of(parts):
-            sum_kernel[(triton.cdiv(sums.numel(), COLUMNS),)](
-                parts, sums, len(parts), sums.numel(), R=R, BC=COLUMNS, num_warps=8 if R > 256 else 4
+            sum_kernel[(triton.cdiv(sums.numel(), BC),)](
+                parts, sums, len(parts), sums.numel(), R=R, BC=BC, num_warps=8 if R > 256 else 4
             )
     return sums

@@ -106,7 +106,7 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
     call = Call(q, v, g, erase, write, cu_seqlens)
     chunks = chunks_of(v, cu_seqlens, call.chunk)
     spans, segments = call.spans_and_segments(v, cu_seqlens, chunks)
-    do, d_final = do.contiguous(), d_final.contiguous()
+    do, d_final = do.contiguous(), None if d_final is None else d_final.contiguous()
     dv = gradient_like(v)
     R, dR = (kept[7], torch.empty_like(kept[7])) if call.changes_values else (v, dv)
     dS = torch.empty_like(kept[8])
@@ -134,10 +134,11 @@ def _backward_states(
     BV = call.value_block(launch, chunks, MULTIPROCESSORS)
     blocks = call.VP // BV
     given = d_state is not None and call.gate > 0
-    carried = d_final.new_zeros(spans.count, call.HV, blocks, call.KP) if given else None
-    if d_final.numel() == 0:
+    carried = do.new_zeros(spans.count, call.HV, blocks, call.KP, dtype=torch.float32) if given else None
+    programs = blocks * chunks.sequences * call.HV
+    if programs == 0:
         return carried
-    backward_states_kernel[(blocks * chunks.sequences * call.HV,)](
+    backward_states_kernel[(programs,)](
         do, *kept[1:7], initial, d_final, d_state, dR, dS, carried, *call.along(chunks), spans.firsts, spans.a_row,
         *constants(call.HV, call.K, call.V, token_stride(dR)),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
