@@ -26,6 +26,7 @@ from glade.ops.linear_attention.triton.tiles import (
     VECTOR,
     chunk_tokens,
     load_columns,
+    tile_of_program,
     token_head,
 )
 
@@ -43,9 +44,9 @@ def keys_backward_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     NUM_BLOCKS: tl.constexpr = KP // BK
-    block, m, head = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
+    block = tl.program_id(0) % NUM_BLOCKS
+    m, head, tile = tile_of_program(tl.program_id(0) // NUM_BLOCKS, HV)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    tile = m.to(tl.int64) * HV + head
     rows, columns = tl.arange(0, C), block * BK + tl.arange(0, BK)
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)

@@ -30,21 +30,9 @@ from glade.ops.linear_attention.triton.tiles import (
     load_rows,
     log2_decay,
     pair_decay,
+    tile_of_program,
     token_head,
 )
-
-
-@triton.jit
-def unit_lower_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + lower)^-1 of a strictly lower triangular [C, C], in fp32."""
-    rows = tl.arange(0, C)
-    X = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-    X = X - tl.where(level_pairs(rows[:, None], rows[None, :], 0), lower, 0.0)
-    for level in tl.range(1, LEVELS, num_stages=1):
-        pairs = tl.where(level_pairs(rows[:, None], rows[None, :], level), lower, 0.0).to(DTYPE)
-        blocks = X.to(DTYPE)
-        X -= tl.dot(blocks, tl.dot(pairs, blocks, input_precision=PRECISION).to(DTYPE), input_precision=PRECISION)
-    return X
 
 
 @triton.jit
@@ -65,6 +53,34 @@ def of_a_chunk(within, between, C: tl.constexpr):
 
 
 @triton.jit
+def on_the_diagonal(x, C: tl.constexpr):
+    """[sixteens, 16, 16], the blocks on the diagonal of [C, C]."""
+    S: tl.constexpr = C // 16
+    sixteen = tl.arange(0, S)
+    same = sixteen[:, None, None, None] == sixteen[None, None, :, None]
+    return tl.sum(tl.where(same, tl.reshape(x, [S, 16, S, 16]), 0.0), 2)
+
+
+@triton.jit
+def unit_lower_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + lower)^-1 of a strictly lower triangular [C, C], in fp32."""
+    near = on_the_diagonal(lower, C)
+    rows, columns = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    X = tl.where(rows == columns, 1.0, 0.0) - tl.where(level_pairs(rows, columns, 0), near, 0.0)
+    for level in tl.static_range(1, 4):
+        pairs = tl.where(level_pairs(rows, columns, level), near, 0.0).to(DTYPE)
+        blocks = X.to(DTYPE)
+        X -= tl.dot(blocks, tl.dot(pairs, blocks, input_precision=PRECISION).to(DTYPE), input_precision=PRECISION)
+    X = of_a_chunk(X, tl.zeros([C, C], tl.float32), C)
+    rows, columns = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    for level in tl.static_range(4, LEVELS):
+        pairs = tl.where(level_pairs(rows, columns, level), lower, 0.0).to(DTYPE)
+        blocks = X.to(DTYPE)
+        X -= tl.dot(blocks, tl.dot(pairs, blocks, input_precision=PRECISION).to(DTYPE), input_precision=PRECISION)
+    return X
+
+
+@triton.jit
 def prepare_kernel(
     q, k, g, erase,
     q_strides, k_strides, g_strides, erase_strides,
@@ -76,9 +92,8 @@ def prepare_kernel(
     DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert((GATE != VECTOR) | (C <= 32))  # of more than two sixteens not all pairs are made here
-    m, head = tl.program_id(0), tl.program_id(1)
+    m, head, tile = tile_of_program(tl.program_id(0), HV)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    tile = m.to(tl.int64) * HV + head
     rows = tl.arange(0, C)
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)
@@ -183,4 +198,5 @@ def prepare_kernel(
     square = rows[:, None] * C + rows[None, :]
     tl.store(P + tile * C * C + square, (products * scale).to(DTYPE))
     if ERASE != NONE:
-        tl.store(A + tile * C * C + square, unit_lower_inverse(lower, C, LEVELS, DTYPE, PRECISION).to(DTYPE))
+        inverse = unit_lower_inverse(lower, C, LEVELS, DTYPE, PRECISION)
+        tl.store(A + tile * C * C + square, inverse.to(DTYPE))

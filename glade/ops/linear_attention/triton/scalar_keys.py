@@ -28,6 +28,7 @@ from glade.ops.linear_attention.triton.tiles import (
     load_gate,
     load_rows,
     log2_decay,
+    tile_of_program,
     token_head,
 )
 
@@ -65,7 +66,7 @@ def scalar_keys_kernel(
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    m, head = tl.program_id(0), tl.program_id(1)
+    m, head, tile = tile_of_program(tl.program_id(0), HV)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, values = tl.arange(0, C), tl.arange(0, VP)
     first_token = row.to(tl.int64) * num_tokens + start
@@ -114,7 +115,7 @@ def scalar_keys_kernel(
     k = token_head(k, k_strides, row, start, head // GROUP)
     dq += first_token * dq_stride + head * K
     dk += first_token * dk_stride + head * K
-    states = (m.to(tl.int64) * HV + head) * KP * VP
+    states = tile * KP * VP
     of_row = tl.zeros([C], tl.float32)
     of_erase = tl.zeros([C], tl.float32)
     onward = tl.zeros([C], tl.float32)

@@ -74,7 +74,7 @@ def _prepare(call: Call, chunks: Chunks, k, g, erase, write, kept: list[Tensor])
     if chunks.count == 0 or not (call.gate or call.erase or call.write == 1):
         return
     launch = call.config.prepare
-    scalar_prepare_kernel[(chunks.count, call.HV)](
+    scalar_prepare_kernel[(chunks.count * call.HV,)](
         k, g, erase, write, *(strides_of(x) for x in (k, g, erase, write)),
         *kept[:4], kept[7] if kept[7].numel() > 0 else None, *call.where(chunks),
         *constants(call.HV, call.group, call.K),
@@ -153,7 +153,7 @@ def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scal
     dg, d_erase = call.gradient_in_parts(g, 1), call.gradient_in_parts(erase, 1)
     if spans.count > 0:
         R, S = kept[4:6]
-        scalar_keys_kernel[(spans.count, call.HV)](
+        scalar_keys_kernel[(spans.count * call.HV,)](
             q, k, v, g, erase, write, *(strides_of(x) for x in (q, k, v, g, erase, write)),
             do, R, dR, S, dS, dq, dk, d_erase, dg,
             *call.where(spans), scale,

@@ -24,6 +24,7 @@ from glade.ops.linear_attention.triton.tiles import (
     load_rows,
     log2_decay,
     pair_decay,
+    tile_of_program,
     token_head,
 )
 
@@ -39,9 +40,8 @@ def scalar_prepare_kernel(
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, head = tl.program_id(0), tl.program_id(1)
+    m, head, tile = tile_of_program(tl.program_id(0), HV)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    tile = m.to(tl.int64) * HV + head
     rows = tl.arange(0, C)
     in_chunk = tile * C + rows
     # All is asked for before anything is stored, which a load could not pass: one wait instead of four.
@@ -77,6 +77,7 @@ def scalar_prepare_kernel(
             lower *= pair_decay(sums, C)
         lower = tl.where(rows[:, None] > rows[None, :], lower, 0.0)
         square = rows[:, None] * C + rows[None, :]
-        tl.store(A + tile * C * C + square, unit_lower_inverse(lower, C, LEVELS, DTYPE, PRECISION).to(DTYPE))
+        inverse = unit_lower_inverse(lower, C, LEVELS, DTYPE, PRECISION)
+        tl.store(A + tile * C * C + square, inverse.to(DTYPE))
     if fading is not None:
         tl.store(fading + tile, faded)

@@ -20,6 +20,13 @@ LEAST_LOG = tl.constexpr(-150.0)
 
 
 @triton.jit
+def tile_of_program(program, HV):
+    """Chunk, head, and both as one number. Heads of a token lie beside each other, and so do the programs that read
+    them: at work at the same time, they read whole rows of memory."""
+    return program // HV, program % HV, program.to(tl.int64)
+
+
+@triton.jit
 def chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PACKED: tl.constexpr):
     """Chunk m: its batch row, its first token there, and how many tokens its sequence has from there on."""
     row = row_of_chunk(m, chunks_a_row, PACKED)

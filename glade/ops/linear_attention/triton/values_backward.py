@@ -21,6 +21,7 @@ from glade.ops.linear_attention.triton.tiles import (
     chunk_tokens,
     load_gate,
     load_rows,
+    tile_of_program,
     token_head,
 )
 
@@ -50,11 +51,11 @@ def values_backward_kernel(
     ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    m, part, head = tl.program_id(0) // SPAN, tl.program_id(0) % SPAN, tl.program_id(1)
+    part = tl.program_id(0) % SPAN
+    m, head, tile = tile_of_program(tl.program_id(0) // SPAN, HV)
     tl.static_assert(SPAN <= 2)
     SIZE: tl.constexpr = C * SPAN
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, SIZE, PACKED)
-    tile = m.to(tl.int64) * HV + head
     rows = part * C + tl.arange(0, C)
     first_token = row.to(tl.int64) * num_tokens + start
     first_head = first_token * HV + head

@@ -36,6 +36,7 @@ from glade.ops.linear_attention.triton.tiles import (
     load_columns,
     log2_decay,
     split_logs,
+    tile_of_program,
     to_anchor,
     token_head,
 )
@@ -138,9 +139,9 @@ def vector_keys_kernel(
     tl.static_assert((C <= 64) & (BK <= 32))  # of 64 channels products are `wgmma`, whose sums no loop may carry
     N: tl.constexpr = C // 16
     NUM_BLOCKS: tl.constexpr = KP // BK
-    block, m, head = tl.program_id(0) % NUM_BLOCKS, tl.program_id(0) // NUM_BLOCKS, tl.program_id(1)
+    block = tl.program_id(0) % NUM_BLOCKS
+    m, head, tile = tile_of_program(tl.program_id(0) // NUM_BLOCKS, HV)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    tile = m.to(tl.int64) * HV + head
     rows, columns = tokens_of_columns(C), block * BK + tl.arange(0, BK)
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)

@@ -73,7 +73,7 @@ def _prepare(call: Call, chunks: Chunks, q, k, g, erase, scale: float, kept: lis
     launch = call.config.prepare
     # of a vector gate only this kernel reads G
     G = kept[0] if call.gate < 2 else kept[0].new_empty(*kept[3].shape)
-    prepare_kernel[(chunks.count, call.HV)](
+    prepare_kernel[(chunks.count * call.HV,)](
         q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
         G, *kept[1:7], *call.where(chunks), scale,
         *constants(call.HV, call.group, call.K),
@@ -152,7 +152,7 @@ def _backward_values(call: Call, spans: Chunks, do, v, write, scale, R, dR, dv, 
     if spans.count == 0:
         return
     launch = call.config.values
-    values_backward_kernel[(call.span * spans.count, call.HV)](
+    values_backward_kernel[(call.span * spans.count * call.HV,)](
         v, write, *(strides_of(x) for x in (v, write)),
         do, R, strides_of(R), dR, dv, d_write, dP, dT, *call.where(spans), scale,
         *constants(call.HV, call.V, token_stride(dv)),
@@ -186,13 +186,13 @@ def _backward_keys(
             STAGES=launch.stages, **launch.options,
         )  # fmt: skip
         if call.gate == 2:
-            vector_keys_kernel[(num_blocks * spans.count, call.HV)](
+            vector_keys_kernel[(num_blocks * spans.count * call.HV,)](
                 q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
                 *arguments, G_TYPE=TRITON_TYPE[call.sum_dtype], **given,
             )  # fmt: skip
         else:
             assert call.span == 1
-            keys_backward_kernel[(num_blocks * spans.count, call.HV)](
+            keys_backward_kernel[(num_blocks * spans.count * call.HV,)](
                 q, k, erase, *(strides_of(x) for x in (q, k, erase)), G, decay,
                 *arguments, GATE=call.gate, **given,
             )  # fmt: skip
