@@ -84,6 +84,11 @@ class Call:
     def levels(self) -> int:
         return self.chunk.bit_length() - 1
 
+    @property
+    def keys_block(self) -> int:
+        """Key channels that a program of keys takes, at a time or in all."""
+        return min(self.KP, self.config.keys.block)
+
     def value_block(self, launch: Launch, chunks: Chunks, enough: int) -> int:
         """How many value channels a program of a pass over states takes: fewer, while there are not enough programs."""
         block = min(self.VP, launch.block)

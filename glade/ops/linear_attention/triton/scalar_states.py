@@ -38,6 +38,13 @@ from glade.ops.linear_attention.triton.tiles import (
 
 
 @triton.jit
+def kept_at(values, dims, VP: tl.constexpr, BK: tl.constexpr):
+    """Where a state's elements are kept: blocks of the BK key channels that `scalar_keys` takes at a time, each of all
+    value channels, so that it reads one piece of memory after the other."""
+    return dims // BK * (BK * VP) + values * BK + dims % BK
+
+
+@triton.jit
 def chunk_decays(G, tile, rows, C: tl.constexpr):
     """G [C], exp(G) [C], exp(G_C - G) [C] and exp(G_C), of a chunk's sums of logs."""
     sums = tl.load(G + tile * C + rows)
@@ -73,7 +80,7 @@ def scalar_forward_states_kernel(
     o, initial, final, R, S_before, P,
     starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row, scale,
     HV, GROUP, K, V,
-    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr,
     INITIAL: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -89,7 +96,7 @@ def scalar_forward_states_kernel(
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
     not_before = rows[None, :] >= rows[:, None]
     square = rows[:, None] * C + rows[None, :]
-    states = columns[:, None] * KP + dims[None, :]
+    states = kept_at(columns[:, None], dims[None, :], VP, BK)
     token_values = columns[:, None] + rows[None, :] * (HV * V)
     state_at = columns[:, None] + dims[None, :] * V
     of_sequence = sequence_head.to(tl.int64) * K * V
@@ -158,7 +165,7 @@ def scalar_backward_states_kernel(
     d_final, d_initial, dv, d_write, dR, dS_after,
     starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row, num_token_heads, scale,
     HV, GROUP, K, V, dv_stride,
-    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +179,7 @@ def scalar_backward_states_kernel(
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
     square = rows[:, None] * C + rows[None, :]
-    states = columns[:, None] * KP + dims[None, :]
+    states = kept_at(columns[:, None], dims[None, :], VP, BK)
     state_at = columns[:, None] + dims[None, :] * V
     of_sequence = sequence_head.to(tl.int64) * K * V
     if d_final is None:

@@ -166,7 +166,7 @@ def _backward_keys(
     call: Call, spans: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], R, dR, dS, dP, dT, carried
 ):
     launch = call.config.keys
-    BK = min(call.KP, launch.block)
+    BK = call.keys_block
     num_blocks = call.KP // BK
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
     dg, d_erase = call.gradient_in_parts(g, num_blocks), call.gradient_in_parts(erase, num_blocks)
