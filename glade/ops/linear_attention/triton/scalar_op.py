@@ -131,7 +131,7 @@ def _backward_states(
     launch = call.config.backward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     blocks = call.VP // BV
-    d_write = call.gradient_in_parts(write, blocks)
+    d_write = call.gradient_in_parts(write, call.VP // 16)
     programs = blocks * chunks.sequences * call.HV
     if programs > 0:
         scalar_backward_states_kernel[(programs,)](

@@ -10,8 +10,8 @@ the state before a chunk, dS the gradient of the state after it, D_rc = exp(G_r 
     dS <- exp(G_C) dS + q^T (scale exp(G) do) - k^T (erase exp(G) dR^)
     dv = write dR^       d_write = v dR^
 
-Without erase A is the identity, and neither R nor dR^ is kept. A gradient of a scalar `write` is written for each
-block of value channels.
+Without erase A is the identity, and neither R nor dR^ is kept. A gradient of a scalar `write` is written for every
+sixteen value channels.
 
 All is held as value channels by tokens or by key channels, the transpose of what stands above: S, z, R and their
 gradients are then the left sides of their products, which `wgmma` takes from registers, and k, q and A the right ones,
@@ -180,6 +180,7 @@ def scalar_backward_states_kernel(
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
     square = rows[:, None] * C + rows[None, :]
     states = kept_at(columns[:, None], dims[None, :], VP, BK)
+    token_values = columns[:, None] + rows[None, :] * (HV * V)
     state_at = columns[:, None] + dims[None, :] * V
     of_sequence = sequence_head.to(tl.int64) * K * V
     if d_final is None:
@@ -196,6 +197,7 @@ def scalar_backward_states_kernel(
         k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
         first_token = row.to(tl.int64) * num_tokens + start
         first_head = first_token * HV + head
+        inside = (columns < V)[:, None] & (rows < live)[None, :]
         at_out = do + first_head * V + columns[None, :] + rows[:, None] * (HV * V)
         d_out = tl.load(at_out, mask=(rows < live)[:, None] & (columns < V)[None, :], other=0.0).to(DTYPE)
         if GATE == SCALAR:
@@ -218,6 +220,7 @@ def scalar_backward_states_kernel(
             tl.store(dS_after + span * KP * VP + states, dS_low)
         if ERASE != NONE:
             z = tl.dot(z.to(DTYPE), tl.load(A + tile * C * C + square), input_precision=PRECISION)
+            tl.store(dR + first_head * V + token_values, z.to(DTYPE), mask=inside)
 
         d_out = d_out.to(tl.float32) * scale
         if GATE == SCALAR:
@@ -230,23 +233,19 @@ def scalar_backward_states_kernel(
                 erased *= to_row
             dS = tl.dot((z * -erased[None, :]).to(DTYPE), k_tile, dS, input_precision=PRECISION)
 
-        # Turned once, as v lies in memory, for all that follows: a token's channels are then in threads of one warp.
-        dr = tl.trans(z.to(DTYPE))
-        inside = (rows < live)[:, None] & (columns < V)[None, :]
-        token_values = columns[None, :] + rows[:, None] * (HV * V)
-        if ERASE != NONE:
-            tl.store(dR + first_head * V + token_values, dr, mask=inside)
-        wide = dr.to(tl.float32)
         if WRITE != NONE:
-            d_gate = wide * v_tile.to(tl.float32)
+            d_gate = z * tl.trans(v_tile).to(tl.float32)
             if WRITE == SCALAR:
-                at = d_write + block.to(tl.int64) * num_token_heads + first_head + rows * HV
-                tl.store(at, tl.sum(d_gate, 1), mask=rows < live)
-                wide *= tl.load(write_rows + tile * C + rows)[:, None]
+                # by sixteens, which a warp holds: nothing passes from warp to warp
+                parts = tl.arange(0, BV // 16)[:, None]
+                at = d_write + (block * (BV // 16) + parts).to(tl.int64) * num_token_heads + first_head
+                of_parts = tl.sum(tl.reshape(d_gate, [BV // 16, 16, C]), 1)
+                tl.store(at + rows[None, :] * HV, of_parts, mask=rows[None, :] < live)
+                z *= tl.load(write_rows + tile * C + rows)[None, :]
             else:
                 tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)
-                wide *= gate_tile.to(tl.float32)
-        at_v = dv + first_token * dv_stride + head * V + columns[None, :] + rows[:, None] * dv_stride
-        tl.store(at_v, wide.to(dv.dtype.element_ty), mask=inside)
+                z *= tl.trans(gate_tile).to(tl.float32)
+        at_v = dv + first_token * dv_stride + head * V + columns[:, None] + rows[None, :] * dv_stride
+        tl.store(at_v, z.to(dv.dtype.element_ty), mask=inside)
     if INITIAL:
         tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)
