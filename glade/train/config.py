@@ -119,7 +119,7 @@ class TrainSettings(LoopSettings):
 class TrainRun:
     """A whole pretraining run: what `glade train` and `glade.train` take, and what `config.yaml` holds."""
 
-    run: str | None = setting(None, "run folder; none: the next free runs/MIXER-NNN")
+    run: str | None = setting(None, "run folder; none: the next free runs/MIXER-NNN, or MIXER-MIXER-NNN of a hybrid")
     resume: bool = setting(False, "continue the run (without --run: the newest in runs/) from its last checkpoint")
     seed: int = setting(0, "of the weights, the order of the samples and dropout")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: cuda if there is one, else cpu")
@@ -150,4 +150,4 @@ class TrainRun:
     @property
     def name(self) -> str:
         """What its run folder is called, before the number."""
-        return self.model.mixer
+        return "-".join(self.model.mixers)

@@ -19,6 +19,7 @@ from glade.train.config import TrainRun
 from glade.train.log import read_metrics
 from glade.train.loop import NonFiniteLoss
 from glade.train.pretrain import train
+from glade.train.resume import next_run
 
 BASE = {
     "model.dim": 32,
@@ -90,6 +91,16 @@ def test_a_run_leaves_what_the_contract_says(run_config):
 def test_what_is_said_is_said_to_the_letter(run_config, capsys):
     train(run_config(data__corpus="stories:100", train__max_steps=1, train__sample_tokens=0))
     assert "text stories:100:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "layers, folder",
+    [("", "gdn2-001"), ("kda", "kda-001"), ("gdn2 swa gdn2 gla", "gdn2-swa-gla-001")],
+)
+def test_a_run_is_called_after_its_mixers(tmp_path, monkeypatch, layers, folder):
+    monkeypatch.chdir(tmp_path)
+    config = settings.replace(TrainRun(), {**BASE, "model.num_layers": 4, "model.layers": layers})
+    assert str(next_run(config.name)) == f"runs/{folder}"
 
 
 def test_checkpoints_kept(run_config):
