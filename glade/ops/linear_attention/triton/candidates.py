@@ -36,7 +36,7 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
     """All to be tried with chunks of `chunk` tokens; what does not fit the shared memory says so when it is run."""
     # states: registers hold K x block, shared memory a chunk of q, k and v a stage
     states = [Launch(block, 4, stages) for block in (16, 32, 64) for stages in (2, 3)]
-    states += [Launch(64, 8, 2), Launch(64, 8, 3), Launch(128, 8, 2)]
+    states += [Launch(64, 4, 4), Launch(64, 8, 2), Launch(64, 8, 3), Launch(128, 8, 2)]
     prepare = [Launch(*x) for x in ((32, 2), (64, 2), (64, 4), (128, 2), (128, 4), (128, 8))]
     prepare += [Launch(block, 4, registers=168) for block in (64, 128)]
     values = [Launch(*x) for x in ((64, 2, 2), (64, 2, 3), (64, 4, 2), (128, 4, 1), (128, 4, 2))]
@@ -49,20 +49,28 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
     keys += [Launch(block, 4, 2, 64, 168) for block in (32, 64)]
     if corner[0] == "vector":
         keys = [x for x in keys if x.block == 32]
+        keys += [x._replace(warps=2) for x in keys]
     states, values = ([x for x in launches if x.block <= V] for launches in (states, values))
     prepare, keys = ([x for x in launches if x.block <= K] for launches in (prepare, keys))
     keys = [x for x in keys if x.block_v <= V]
-    if wide:
-        states = [x for x in states if x.block <= 32 and x.stages <= 2]
-        prepare = [x for x in prepare if x.block <= 64]
+    if wide:  # twice the bytes, and three products for one
+        states = [x for x in states if x.block <= 32 and x.stages <= 2] + [Launch(16, 4)]
+        prepare = [x for x in prepare if x.block <= 64] + [Launch(32, 4)]
+        values += [Launch(32, 4)]
         keys = [x for x in keys if x.block <= 32 and x.block_v <= 64]
+        keys += [Launch(32, warps, 1, 32) for warps in (2, 4)]
     of_launch = {"prepare": prepare, "forward": states, "backward": states, "values": values, "keys": keys}
     if is_scalar(corner, wide):
         del of_launch["values"]
         of_launch["keys"] = [
             Launch(block, warps, stages)
-            for block in (16, 32, 64) for warps in (4, 8) for stages in (2, 3) if block <= K
+            for block in (16, 32, 64) for warps in (4, 8) for stages in (1, 2, 3) if block <= K
         ]  # fmt: skip
         if corner[1] == "none":
             of_launch["prepare"] = [Launch(32, 1)]  # no product is made there
+        else:  # products are 32 x 32: more warps than one share them
+            of_launch["prepare"] = [
+                Launch(block, warps, registers=registers)
+                for block in (32, 64, 128) for warps, registers in ((1, 0), (1, 80), (1, 96), (4, 0)) if block <= K
+            ]  # fmt: skip
     return [Candidate(chunk, name, launch) for name, launches in of_launch.items() for launch in launches]
