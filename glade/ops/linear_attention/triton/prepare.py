@@ -62,21 +62,25 @@ def on_the_diagonal(x, C: tl.constexpr):
 
 
 @triton.jit
+def with_pairs(X, lower, rows, columns, level: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """X - X T X: the inverse of blocks of twice the size, from X, that of the blocks, and T, the pairs of the level."""
+    pairs = tl.where(level_pairs(rows, columns, level), lower, 0.0).to(DTYPE)
+    blocks = X.to(DTYPE)
+    return X - tl.dot(blocks, tl.dot(pairs, blocks, input_precision=PRECISION).to(DTYPE), input_precision=PRECISION)
+
+
+@triton.jit
 def unit_lower_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + lower)^-1 of a strictly lower triangular [C, C], in fp32."""
+    """(I + lower)^-1 of a strictly lower triangular [C, C], in fp32; levels within sixteen tokens as batches."""
     near = on_the_diagonal(lower, C)
     rows, columns = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
     X = tl.where(rows == columns, 1.0, 0.0) - tl.where(level_pairs(rows, columns, 0), near, 0.0)
     for level in tl.static_range(1, 4):
-        pairs = tl.where(level_pairs(rows, columns, level), near, 0.0).to(DTYPE)
-        blocks = X.to(DTYPE)
-        X -= tl.dot(blocks, tl.dot(pairs, blocks, input_precision=PRECISION).to(DTYPE), input_precision=PRECISION)
+        X = with_pairs(X, near, rows, columns, level, DTYPE, PRECISION)
     X = of_a_chunk(X, tl.zeros([C, C], tl.float32), C)
     rows, columns = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     for level in tl.static_range(4, LEVELS):
-        pairs = tl.where(level_pairs(rows, columns, level), lower, 0.0).to(DTYPE)
-        blocks = X.to(DTYPE)
-        X -= tl.dot(blocks, tl.dot(pairs, blocks, input_precision=PRECISION).to(DTYPE), input_precision=PRECISION)
+        X = with_pairs(X, lower, rows, columns, level, DTYPE, PRECISION)
     return X
 
 
@@ -185,6 +189,7 @@ def prepare_kernel(
     if GATE == VECTOR:
         if not INTERPRETED:
             discard(G, C * KP * (G_TYPE.primitive_bitwidth // 8))
+        # `unit_lower_inverse` cuts near_lower out again: beside lower it would stand in registers (60 bytes spilled)
         products, lower = of_a_chunk(near, products, C), of_a_chunk(near_lower, lower, C)
     else:
         not_after = rows[:, None] >= rows[None, :]

@@ -21,6 +21,7 @@ Without erase R is write v, read again. Gradients of the gates are written for e
 import triton
 import triton.language as tl
 
+from glade.ops.linear_attention.triton.scalar_states import kept_block_at
 from glade.ops.linear_attention.triton.tiles import (
     NONE,
     SCALAR,
@@ -122,8 +123,7 @@ def scalar_keys_kernel(
     carried = tl.zeros([VP], tl.float32)
     for first_k in tl.range(0, KP, BK, num_stages=STAGES):
         columns = first_k + tl.arange(0, BK)
-        # `kept_at` of a block: remainders would hide from Triton that rows are whole, and it would not copy ahead
-        state_at = states + first_k * VP + values[:, None] * BK + tl.arange(0, BK)[None, :]
+        state_at = kept_block_at(states, values[:, None], first_k, VP, BK)
         S, dS = tl.load(S_before + state_at), tl.load(dS_after + state_at)
         q_tile = load_rows(q, q_strides, rows, live, columns, K).to(DTYPE)
         k_tile = load_rows(k, k_strides, rows, live, columns, K).to(DTYPE)

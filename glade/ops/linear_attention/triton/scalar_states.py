@@ -45,6 +45,13 @@ def kept_at(values, dims, VP: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def kept_block_at(state, values, first, VP: tl.constexpr, BK: tl.constexpr):
+    """`kept_at`, from a state's own place on, of the BK channels from `first`, a multiple of BK. Remainders would hide
+    from Triton that they lie in one piece, and it would not copy them ahead."""
+    return state + first * VP + values * BK + tl.arange(0, BK)[None, :]
+
+
+@triton.jit
 def chunk_decays(G, tile, rows, C: tl.constexpr):
     """G [C], exp(G) [C], exp(G_C - G) [C] and exp(G_C), of a chunk's sums of logs."""
     sums = tl.load(G + tile * C + rows)
