@@ -74,10 +74,9 @@ def compile_kernels():
         backward(torch.empty_like(o), torch.zeros_like(final), *call, kept)
         assert len(compiled) >= before + 3, (corner, shape)
 
-    for name in ("linear", "gla", "delta", "gdn", "gdn2"):
+    for name in ("linear", "gla", "delta", "gdn", "kda", "gdn2"):
         check(CORNERS[name], USUAL)
         assert not any(waiting.values()), (name, waiting)
-    check(CORNERS["kda"], USUAL)
     for name in ("gla", "gdn", "gdn2"):
         check(CORNERS[name], SHORT, given_state=False)
         check(CORNERS[name], LONG)

@@ -1,8 +1,9 @@
 """Kernel 1, one program a chunk and value head: everything of a chunk that does not depend on the state.
 
-Reads q, k, g, erase. Writes the pre-gated Qg = scale exp(G) q, Eg = exp(G) erase k and Kt = exp(G_C - G) k, the chunk's
-decay exp(G_C), the products P = tril(Qg Kb^T) and the inverse A = (I + tril(Eg Kb^T, -1))^-1, where Kb = exp(-G) k is
-never formed.
+Reads q, k, g, erase and a scalar `write`. Writes the pre-gated Qg = scale exp(G) q, Eg = exp(G) erase k and
+Kt = exp(G_C - G) k, the chunk's decay exp(G_C), the products P = tril(Qg Kb^T) and the inverse
+A = (I + tril(Eg Kb^T, -1))^-1, where Kb = exp(-G) k is never formed; and a scalar `write` chunk by chunk, in words that
+the pass forwards can copy ahead.
 
 With a vector gate the products are made by levels: a pair of rows belongs to the one level where the row lies in the
 later and the column in the earlier half of the same block. Both are gated against the first row of that later half
@@ -86,13 +87,13 @@ def unit_lower_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.c
 
 @triton.jit
 def prepare_kernel(
-    q, k, g, erase,
-    q_strides, k_strides, g_strides, erase_strides,
-    G, Qg, Eg, Kt, decay, P, A,
+    q, k, g, erase, write,
+    q_strides, k_strides, g_strides, erase_strides, write_strides,
+    G, Qg, Eg, Kt, decay, P, A, write_rows,
     starts, ends, num_tokens, chunks_a_row, scale,
     HV, GROUP, K,
     KP: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
+    GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr, G_TYPE: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert((GATE != VECTOR) | (C <= 32))  # of more than two sixteens not all pairs are made here
@@ -101,6 +102,10 @@ def prepare_kernel(
     rows = tl.arange(0, C)
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)
+    if WRITE == SCALAR:
+        write = token_head(write, write_strides, row, start, head)
+        written = tl.load(write + rows * write_strides[1], mask=rows < live, other=0.0)
+        tl.store(write_rows + tile * C + rows, written.to(tl.float32))
     if ERASE != NONE:
         erase = token_head(erase, erase_strides, row, start, head)
     if GATE != NONE:

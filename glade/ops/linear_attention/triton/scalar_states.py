@@ -187,7 +187,6 @@ def scalar_backward_states_kernel(
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
     square = rows[:, None] * C + rows[None, :]
     states = kept_at(columns[:, None], dims[None, :], VP, BK)
-    token_values = columns[:, None] + rows[None, :] * (HV * V)
     state_at = columns[:, None] + dims[None, :] * V
     of_sequence = sequence_head.to(tl.int64) * K * V
     if d_final is None:
@@ -227,7 +226,6 @@ def scalar_backward_states_kernel(
             tl.store(dS_after + span * KP * VP + states, dS_low)
         if ERASE != NONE:
             z = tl.dot(z.to(DTYPE), tl.load(A + tile * C * C + square), input_precision=PRECISION)
-            tl.store(dR + first_head * V + token_values, z.to(DTYPE), mask=inside)
 
         d_out = d_out.to(tl.float32) * scale
         if GATE == SCALAR:
@@ -240,19 +238,29 @@ def scalar_backward_states_kernel(
                 erased *= to_row
             dS = tl.dot((z * -erased[None, :]).to(DTYPE), k_tile, dS, input_precision=PRECISION)
 
+        inside = (rows < live)[:, None] & (columns < V)[None, :]
+        token_values = columns[None, :] + rows[:, None] * (HV * V)
         if WRITE != NONE:
             d_gate = z * tl.trans(v_tile).to(tl.float32)
-            if WRITE == SCALAR:
-                # by sixteens, which a warp holds: nothing passes from warp to warp
-                parts = tl.arange(0, BV // 16)[:, None]
-                at = d_write + (block * (BV // 16) + parts).to(tl.int64) * num_token_heads + first_head
-                of_parts = tl.sum(tl.reshape(d_gate, [BV // 16, 16, C]), 1)
-                tl.store(at + rows[None, :] * HV, of_parts, mask=rows[None, :] < live)
-                z *= tl.load(write_rows + tile * C + rows)[None, :]
-            else:
-                tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)
-                z *= tl.trans(gate_tile).to(tl.float32)
-        at_v = dv + first_token * dv_stride + head * V + columns[:, None] + rows[None, :] * dv_stride
-        tl.store(at_v, z.to(dv.dtype.element_ty), mask=inside)
+        if WRITE == SCALAR:
+            # by sixteens, which a warp holds: nothing passes from warp to warp
+            parts = tl.arange(0, BV // 16)[:, None]
+            at = d_write + (block * (BV // 16) + parts).to(tl.int64) * num_token_heads + first_head
+            of_parts = tl.sum(tl.reshape(d_gate, [BV // 16, 16, C]), 1)
+            tl.store(at + rows[None, :] * HV, of_parts, mask=rows[None, :] < live)
+        elif WRITE == VECTOR:
+            tl.store(
+                d_write + first_head * V + token_values, tl.trans(d_gate.to(d_write.dtype.element_ty)), mask=inside
+            )
+        # turned once, as v lies in memory, for dR^ and dv
+        dr = tl.trans(z.to(DTYPE))
+        if ERASE != NONE:
+            tl.store(dR + first_head * V + token_values, dr, mask=inside)
+        if WRITE == SCALAR:
+            dr = dr.to(tl.float32) * tl.load(write_rows + tile * C + rows)[:, None]
+        elif WRITE == VECTOR:
+            dr = tl.trans((z * tl.trans(gate_tile).to(tl.float32)).to(DTYPE))
+        at_v = dv + first_token * dv_stride + head * V + columns[None, :] + rows[:, None] * dv_stride
+        tl.store(at_v, dr.to(dv.dtype.element_ty), mask=inside)
     if INITIAL:
         tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)

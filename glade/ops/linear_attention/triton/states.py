@@ -24,7 +24,6 @@ from glade.ops.linear_attention.triton.tiles import (
     NONE,
     SCALAR,
     VECTOR,
-    load_gate,
     load_rows,
     row_of_chunk,
     sequence_chunks,
@@ -44,19 +43,22 @@ def decayed(S, decay, tile, dims, KP: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def values_to_write(
-    v, v_strides, write, write_strides, row, start, head, rows, live, columns, V, WRITE: tl.constexpr,
+    v, v_strides, write, write_strides, write_rows, row, start, head, tile, rows, live, columns, V,
+    C: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """write v, [tokens, value channels] in fp32."""
     z = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V).to(tl.float32)
-    if WRITE != NONE:
+    if WRITE == SCALAR:
+        z *= tl.load(write_rows + tile * C + rows)[:, None]
+    elif WRITE == VECTOR:
         gate = token_head(write, write_strides, row, start, head)
-        z = z * load_gate(gate, write_strides, rows, live, columns, V, WRITE)
+        z *= load_rows(gate, write_strides, rows, live, columns, V).to(tl.float32)
     return z
 
 
 @triton.jit
 def forward_states_kernel(
-    v, write, v_strides, write_strides,
+    v, write, v_strides, write_strides, write_rows,
     Qg, Eg, Kt, decay, P, A,
     o, initial, final, R, S_before,
     starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row,
@@ -91,7 +93,9 @@ def forward_states_kernel(
         start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
         tile = m.to(tl.int64) * HV + head
 
-        z = values_to_write(v, v_strides, write, write_strides, row, start, head, rows, live, columns, V, WRITE)
+        z = values_to_write(
+            v, v_strides, write, write_strides, write_rows, row, start, head, tile, rows, live, columns, V, C, WRITE
+        )
         S_low = S.to(DTYPE)
         if KEEP:
             span = (first_span + (m - first) // SPAN).to(tl.int64) * HV + head

@@ -58,33 +58,38 @@ def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Te
     kept = _between_kernels(call, v, chunks.count, spans.count, keep)
     initial = None if state is None else state.contiguous()
     with device_of(v):
-        _prepare(call, chunks, q, k, g, erase, scale, kept)
+        write_rows = v.new_empty(chunks.count, call.HV, call.chunk if call.write == 1 else 0, dtype=torch.float32)
+        _prepare(call, chunks, q, k, g, erase, write, scale, kept, write_rows)
         if segments is None:
-            _forward_states(call, chunks, spans, v, write, initial, o, final, kept, keep)
+            _forward_states(call, chunks, spans, v, write, write_rows, initial, o, final, kept, keep)
         else:
-            before = states_before(call, segments, v, write, initial, final, kept)
-            _forward_states(call, segments.chunks, segments.spans, v, write, before, o, None, kept, keep)
+            before = states_before(call, segments, v, write, write_rows, initial, final, kept)
+            parts = segments.chunks, segments.spans
+            _forward_states(call, *parts, v, write, write_rows, before, o, None, kept, keep)
     return [o, final, *kept] if keep else [o, final]
 
 
-def _prepare(call: Call, chunks: Chunks, q, k, g, erase, scale: float, kept: list[Tensor]) -> None:
+def _prepare(
+    call: Call, chunks: Chunks, q, k, g, erase, write, scale: float, kept: list[Tensor], write_rows: Tensor
+) -> None:
     if chunks.count == 0:
         return
     launch = call.config.prepare
     # of a vector gate only this kernel reads G
     G = kept[0] if call.gate < 2 else kept[0].new_empty(*kept[3].shape)
     prepare_kernel[(chunks.count * call.HV,)](
-        q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
-        G, *kept[1:7], *call.where(chunks), scale,
+        q, k, g, erase, write, *(strides_of(x) for x in (q, k, g, erase, write)),
+        G, *kept[1:7], write_rows, *call.where(chunks), scale,
         *constants(call.HV, call.group, call.K),
         KP=call.KP, BK=min(call.KP, launch.block), C=call.chunk, LEVELS=call.levels,
-        GATE=call.gate, ERASE=call.erase, PACKED=call.packed, G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
+        GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed,
+        G_TYPE=TRITON_TYPE[call.sum_dtype], **call.types,
         INTERPRETED=not q.is_cuda, **launch.options,
     )  # fmt: skip
 
 
 def _forward_states(
-    call: Call, chunks: Chunks, spans: Chunks, v, write, initial, o, final, kept: list[Tensor], keep: bool
+    call: Call, chunks: Chunks, spans: Chunks, v, write, write_rows, initial, o, final, kept: list[Tensor], keep: bool
 ) -> None:
     if final is not None and final.numel() == 0:
         return
@@ -92,7 +97,7 @@ def _forward_states(
     launch = call.config.forward
     BV = call.value_block(launch, chunks, MULTIPROCESSORS)
     forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
-        v, write, *(strides_of(x) for x in (v, write)),
+        v, write, *(strides_of(x) for x in (v, write)), write_rows,
         Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks), spans.firsts, spans.a_row,
         *constants(call.HV, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,

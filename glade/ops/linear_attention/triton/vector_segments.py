@@ -28,7 +28,7 @@ from glade.ops.linear_attention.triton.tiles import (
 
 @triton.jit
 def forward_segments_kernel(
-    v, write, v_strides, write_strides,
+    v, write, v_strides, write_strides, write_rows,
     Eg, Kt, decay, A,
     M, N,
     starts, ends, firsts, num_tokens, chunks_a_row,
@@ -54,7 +54,9 @@ def forward_segments_kernel(
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
         start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
         tile = m.to(tl.int64) * HV + head
-        z = values_to_write(v, v_strides, write, write_strides, row, start, head, rows, live, columns, V, WRITE)
+        z = values_to_write(
+            v, v_strides, write, write_strides, write_rows, row, start, head, tile, rows, live, columns, V, C, WRITE
+        )
         if ERASE != NONE:
             z -= tl.dot(tl.load(Eg + tile * C * KP + wide), S.to(DTYPE), input_precision=PRECISION)
             z = tl.dot(tl.load(A + tile * C * C + square), z.to(DTYPE), input_precision=PRECISION)

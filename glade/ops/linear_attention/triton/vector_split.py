@@ -17,7 +17,9 @@ from glade.ops.linear_attention.triton.segments import blocks_of_both, of_segmen
 from glade.ops.linear_attention.triton.vector_segments import backward_segments_kernel, forward_segments_kernel
 
 
-def states_before(call: Call, segments: Segments, v, write, initial, final: Tensor, kept: list[Tensor]) -> Tensor:
+def states_before(
+    call: Call, segments: Segments, v, write, write_rows, initial, final: Tensor, kept: list[Tensor]
+) -> Tensor:
     """The state before each segment, and into `final` the one after the last."""
     _, _, Eg, Kt, decay, _, A, _, _, M = kept
     N = of_segments(call, v, call.VP, call.KP)
@@ -25,7 +27,7 @@ def states_before(call: Call, segments: Segments, v, write, initial, final: Tens
     BV = call.value_block(launch, segments.chunks, MULTIPROCESSORS)
     blocks = blocks_of_both(call, BV)
     forward_segments_kernel[(blocks * segments.chunks.sequences * call.HV,)](
-        v, write, *(strides_of(x) for x in (v, write)),
+        v, write, *(strides_of(x) for x in (v, write)), write_rows,
         Eg, Kt, decay, A, M, N, *call.along(segments.chunks),
         *constants(call.HV, call.V),
         KP=call.KP, VP=call.VP, BV=BV, NUM_BLOCKS=blocks, C=call.chunk,
