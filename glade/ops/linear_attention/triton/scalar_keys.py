@@ -35,20 +35,20 @@ from glade.ops.linear_attention.triton.tiles import (
 
 
 @triton.jit
-def load_values(x, rows, live, values, HV, V):
-    """[rows, values] of a tensor laid out as v is, from its pointer at the chunk's first token and the head."""
+def load_values(x, rows, live, values, V, stride):
+    """[rows, values] from the pointer x at the chunk's first token and the head, `stride` from a token to the next."""
     inside = (rows < live)[:, None] & (values < V)[None, :]
-    return tl.load(x + rows[:, None] * (HV * V) + values[None, :], mask=inside, other=0.0)
+    return tl.load(x + rows[:, None] * stride + values[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def load_written(
-    R, v, v_strides, write, write_strides, rows, live, values, HV, V,
+    R, v, v_strides, write, write_strides, rows, live, values, V, VP,
     ERASE: tl.constexpr, WRITE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """[rows, values], what each token writes: R, and without erase write v."""
     if ERASE != NONE:
-        r = load_values(R, rows, live, values, HV, V)
+        r = load_values(R, rows, live, values, V, VP)
     else:
         r = load_rows(v, v_strides, rows, live, values, V)
         if WRITE != NONE:
@@ -76,12 +76,11 @@ def scalar_keys_kernel(
     if WRITE != NONE:
         write = token_head(write, write_strides, row, start, head)
     # all that is read before the loop is asked for before any of it is used: one wait instead of three
-    d_out = load_values(do + first_head * V, rows, live, values, HV, V).to(DTYPE)
-    r = load_written(
-        R + first_head * V, v, v_strides, write, write_strides, rows, live, values, HV, V, ERASE, WRITE, DTYPE
-    )
+    d_out = load_values(do + first_head * V, rows, live, values, V, HV * V).to(DTYPE)
+    of_span = tile * C * VP
+    r = load_written(R + of_span, v, v_strides, write, write_strides, rows, live, values, V, VP, ERASE, WRITE, DTYPE)
     if ERASE != NONE:
-        dr = load_values(dR + first_head * V, rows, live, values, HV, V)
+        dr = load_values(dR + of_span, rows, live, values, V, VP)
         of_gate = token_head(erase, erase_strides, row, start, head) + rows * erase_strides[1]
         gate = tl.load(of_gate, mask=rows < live, other=0.0).to(tl.float32)
     if GATE == SCALAR:

@@ -32,17 +32,16 @@ from glade.ops.parts import gradient_like
 
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
-    """Empty: G, erase, write, A of every chunk, R as v, S before each span of chunks, P, the products of each chunk's
+    """Empty: G, erase, write, A of every chunk, R of each span of chunks, S before it, P, the products of each chunk's
     pairs, what each chunk keeps of a state, and M of each segment. Of no elements: what the gates do not need; R, S and
     P, which only a backward reads, unless it is to follow; and the last two unless sequences are cut."""
     M, HV, C, KP, VP = num_chunks, call.HV, call.chunk, call.KP, call.VP
     erased = call.erase > 0
     rows = [(M, HV, C if given else 0) for given in (call.gate > 0, erased, call.write == 1)]
     dtypes = [call.sum_dtype, torch.float32, torch.float32]
-    written = v.shape if erased and keep else (0,)
     tiles = [
         (M, HV, C, C if erased else 0),
-        written,
+        (num_spans, HV, C * call.span, VP if erased and keep else 0),
         (num_spans, HV, VP, KP if keep else 0),
         (M, HV, C, C if keep else 0),
     ]

@@ -16,7 +16,7 @@ sixteen value channels.
 All is held as value channels by tokens or by key channels, the transpose of what stands above: S, z, R and their
 gradients are then the left sides of their products, which `wgmma` takes from registers, and k, q and A the right ones,
 as they lie in memory. R, dR^ and do do not depend on chunks; of S and dS only those at the borders of spans of chunks
-are kept, for `scalar_keys`.
+are kept, for `scalar_keys`, and R and dR^ are laid out by spans, each in one piece.
 """
 
 # Triton need not be installed where there is no GPU
@@ -160,7 +160,8 @@ def scalar_forward_states_kernel(
         inside = (columns < V)[:, None] & (rows < live)[None, :]
         tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
         if KEEP and ERASE != NONE:
-            tl.store(R + first_value + token_values, r, mask=inside)
+            written = (span * SPAN + (m - first) % SPAN) * C * VP + columns[:, None] + rows[None, :] * VP
+            tl.store(R + written, r, mask=inside)
     if final is not None:
         tl.store(final + of_sequence + state_at, S, mask=in_state)
 
@@ -203,9 +204,9 @@ def scalar_backward_states_kernel(
         k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
         first_token = row.to(tl.int64) * num_tokens + start
         first_head = first_token * HV + head
-        inside = (columns < V)[:, None] & (rows < live)[None, :]
-        at_out = do + first_head * V + columns[None, :] + rows[:, None] * (HV * V)
-        d_out = tl.load(at_out, mask=(rows < live)[:, None] & (columns < V)[None, :], other=0.0).to(DTYPE)
+        inside = (rows < live)[:, None] & (columns < V)[None, :]
+        token_values = columns[None, :] + rows[:, None] * (HV * V)
+        d_out = tl.load(do + first_head * V + token_values, mask=inside, other=0.0).to(DTYPE)
         if GATE == SCALAR:
             _sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
 
@@ -238,8 +239,6 @@ def scalar_backward_states_kernel(
                 erased *= to_row
             dS = tl.dot((z * -erased[None, :]).to(DTYPE), k_tile, dS, input_precision=PRECISION)
 
-        inside = (rows < live)[:, None] & (columns < V)[None, :]
-        token_values = columns[None, :] + rows[:, None] * (HV * V)
         if WRITE != NONE:
             d_gate = z * tl.trans(v_tile).to(tl.float32)
         if WRITE == SCALAR:
@@ -255,7 +254,8 @@ def scalar_backward_states_kernel(
         # turned once, as v lies in memory, for dR^ and dv
         dr = tl.trans(z.to(DTYPE))
         if ERASE != NONE:
-            tl.store(dR + first_head * V + token_values, dr, mask=inside)
+            written = (span * SPAN + (m - first) % SPAN) * C * VP + columns[None, :] + rows[:, None] * VP
+            tl.store(dR + written, dr, mask=inside)
         if WRITE == SCALAR:
             dr = dr.to(tl.float32) * tl.load(write_rows + tile * C + rows)[:, None]
         elif WRITE == VECTOR:
