@@ -47,6 +47,8 @@ def keys_backward_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     m, head, tile = tile_of_program(tl.program_id(0) // NUM_BLOCKS, HV)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+    if PACKED and live <= 0:  # a chunk that is not used
+        return
     rows, columns = tl.arange(0, C), block * BK + tl.arange(0, BK)
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)

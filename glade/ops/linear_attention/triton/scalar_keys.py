@@ -69,6 +69,8 @@ def scalar_keys_kernel(
 ):  # fmt: skip
     m, head, tile = tile_of_program(tl.program_id(0), HV)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+    if PACKED and live <= 0:  # a chunk that is not used
+        return
     rows, values = tl.arange(0, C), tl.arange(0, VP)
     first_token = row.to(tl.int64) * num_tokens + start
     first_head = first_token * HV + head

@@ -25,10 +25,9 @@ from glade.ops.linear_attention.triton.tiles import (
     SCALAR,
     load_rows,
     pair_decay,
-    row_of_chunk,
     sequence_chunks,
+    sequence_tokens,
     token_head,
-    tokens_of_chunk,
     used_in_its_trip,
 )
 
@@ -66,7 +65,7 @@ def scalar_forward_segments_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = segment_head // HV, segment_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
-    row = row_of_chunk(first, chunks_a_row, PACKED)
+    row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     square = rows[:, None] * C + rows[None, :]
     of_segment = segment_head.to(tl.int64)
@@ -77,7 +76,8 @@ def scalar_forward_segments_kernel(
         first = end_chunk - chunks_that_matter(fading, first, end_chunk, head, HV, False)
     for m in tl.range(first, end_chunk, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
-        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start = origin + m * C
+        live = end_token - start
         tile = m.to(tl.int64) * HV + head
         k_head = token_head(k, k_strides, row, start, head // GROUP)
         k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
@@ -123,7 +123,7 @@ def scalar_backward_segments_kernel(
     segment_head = tl.program_id(0) // NUM_BLOCKS
     n, head = segment_head // HV, segment_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
-    row = row_of_chunk(first, chunks_a_row, PACKED)
+    row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, dims = tl.arange(0, C), tl.arange(0, KP)
     columns = (tl.program_id(0) % NUM_BLOCKS) * BV + tl.arange(0, BV)
     not_after = rows[:, None] >= rows[None, :]
@@ -133,7 +133,8 @@ def scalar_backward_segments_kernel(
         end_chunk = first + chunks_that_matter(fading, first, end_chunk, head, HV, True)
     for step in tl.range(0, end_chunk - first, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + (end_chunk - 1 - step)
-        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start = origin + m * C
+        live = end_token - start
         tile = m.to(tl.int64) * HV + head
         q_head = token_head(q, q_strides, row, start, head // GROUP)
         q_tile = load_rows(q_head, q_strides, rows, live, dims, K).to(DTYPE)

@@ -30,10 +30,9 @@ from glade.ops.linear_attention.triton.tiles import (
     SCALAR,
     VECTOR,
     load_rows,
-    row_of_chunk,
     sequence_chunks,
+    sequence_tokens,
     token_head,
-    tokens_of_chunk,
 )
 
 
@@ -97,7 +96,7 @@ def scalar_forward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
-    row = row_of_chunk(first, chunks_a_row, PACKED)
+    row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
@@ -113,7 +112,8 @@ def scalar_forward_states_kernel(
         S = tl.zeros([BV, KP], tl.float32)
     for m in tl.range(first, end_chunk, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
-        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start = origin + m * C
+        live = end_token - start
         tile = m.to(tl.int64) * HV + head
         q_head = token_head(q, q_strides, row, start, head // GROUP)
         k_head = token_head(k, k_strides, row, start, head // GROUP)
@@ -182,7 +182,7 @@ def scalar_backward_states_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
-    row = row_of_chunk(first, chunks_a_row, PACKED)
+    row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     first_span, _ = sequence_chunks(n, spans_a_row, spans)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
@@ -196,7 +196,8 @@ def scalar_backward_states_kernel(
         dS = tl.load(d_final + of_sequence + state_at, mask=in_state, other=0.0)
     for step in tl.range(0, end_chunk - first, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + (end_chunk - 1 - step)
-        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start = origin + m * C
+        live = end_token - start
         tile = m.to(tl.int64) * HV + head
         q_head = token_head(q, q_strides, row, start, head // GROUP)
         k_head = token_head(k, k_strides, row, start, head // GROUP)

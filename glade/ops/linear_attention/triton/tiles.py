@@ -29,29 +29,13 @@ def tile_of_program(program, HV):
 @triton.jit
 def chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PACKED: tl.constexpr):
     """Chunk m: its batch row, its first token there, and how many tokens its sequence has from there on."""
-    row = row_of_chunk(m, chunks_a_row, PACKED)
-    start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    return row, start, live
-
-
-@triton.jit
-def row_of_chunk(m, chunks_a_row, PACKED: tl.constexpr):
-    """One for all chunks of a sequence: loops over them find it once, since to divide takes forty instructions."""
     if PACKED:
         row = tl.zeros([], tl.int32)
-    else:
-        row = m // chunks_a_row
-    return row
-
-
-@triton.jit
-def tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PACKED: tl.constexpr):
-    """Chunk m of a batch row: its first token there, and how many tokens its sequence has from there on."""
-    if PACKED:
         start, end = tl.load(starts + m), tl.load(ends + m)
     else:
+        row = m // chunks_a_row
         start, end = (m - row * chunks_a_row) * C, num_tokens
-    return start, end - start
+    return row, start, end - start
 
 
 @triton.jit
@@ -62,6 +46,26 @@ def sequence_chunks(n, chunks_a_row, firsts):
     else:
         first, end = tl.load(firsts + n), tl.load(firsts + n + 1)
     return first, end
+
+
+@triton.jit
+def sequence_tokens(
+    first, end, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """Of the chunks `first` up to `end` of a sequence: its batch row, where its chunk 0 would begin there, and where its
+    tokens end.
+
+    Found once, not in the loop over chunks: to divide takes forty instructions, and behind a load of where a chunk
+    begins Triton makes the copies ahead half as far ahead.
+    """
+    if PACKED:
+        row = tl.zeros([], tl.int32)
+        origin = tl.load(starts + first, mask=first < end, other=0) - first * C
+        end_token = tl.load(ends + first, mask=first < end, other=0)
+    else:
+        row = first // chunks_a_row
+        origin, end_token = -row * chunks_a_row * C, num_tokens
+    return row, origin, end_token
 
 
 # Offsets inside a tile are 32 bits wide, and what is added to a pointer before is a single number of 64: a tile of wide

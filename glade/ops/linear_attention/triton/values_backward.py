@@ -56,6 +56,8 @@ def values_backward_kernel(
     tl.static_assert(SPAN <= 2)
     SIZE: tl.constexpr = C * SPAN
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, SIZE, PACKED)
+    if PACKED and live <= 0:  # a chunk that is not used
+        return
     rows = part * C + tl.arange(0, C)
     first_token = row.to(tl.int64) * num_tokens + start
     first_head = first_token * HV + head

@@ -142,6 +142,8 @@ def vector_keys_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     m, head, tile = tile_of_program(tl.program_id(0) // NUM_BLOCKS, HV)
     row, start, live = chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+    if PACKED and live <= 0:  # a chunk that is not used
+        return
     rows, columns = tokens_of_columns(C), block * BK + tl.arange(0, BK)
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)

@@ -19,9 +19,8 @@ import triton.language as tl
 from glade.ops.linear_attention.triton.states import decayed, values_to_write
 from glade.ops.linear_attention.triton.tiles import (
     NONE,
-    row_of_chunk,
     sequence_chunks,
-    tokens_of_chunk,
+    sequence_tokens,
     used_in_its_trip,
 )
 
@@ -41,7 +40,7 @@ def forward_segments_kernel(
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = segment_head // HV, segment_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
-    row = row_of_chunk(first, chunks_a_row, PACKED)
+    row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     wide = rows[:, None] * KP + dims[None, :]
     tall = rows[None, :] * KP + dims[:, None]
@@ -52,7 +51,8 @@ def forward_segments_kernel(
     kept = tl.full([KP, 1], 1.0, tl.float32)
     for m in tl.range(first, end_chunk, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
-        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start = origin + m * C
+        live = end_token - start
         tile = m.to(tl.int64) * HV + head
         z = values_to_write(
             v, v_strides, write, write_strides, write_rows, row, start, head, tile, rows, live, columns, V, C, WRITE
@@ -87,7 +87,7 @@ def backward_segments_kernel(
     segment_head = tl.program_id(0) // NUM_BLOCKS
     n, head = segment_head // HV, segment_head % HV
     first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
-    row = row_of_chunk(first, chunks_a_row, PACKED)
+    row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, dims = tl.arange(0, C), tl.arange(0, KP)
     columns = (tl.program_id(0) % NUM_BLOCKS) * BV + tl.arange(0, BV)
     wide = rows[:, None] * KP + dims[None, :]
@@ -97,7 +97,8 @@ def backward_segments_kernel(
     dS = tl.zeros([KP, BV], tl.float32)
     for step in tl.range(0, end_chunk - first, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + (end_chunk - 1 - step)
-        start, live = tokens_of_chunk(m, row, num_tokens, chunks_a_row, starts, ends, C, PACKED)
+        start = origin + m * C
+        live = end_token - start
         tile = m.to(tl.int64) * HV + head
         first_value = ((row.to(tl.int64) * num_tokens + start) * HV + head) * V
         inside = (rows < live)[:, None] & (columns < V)[None, :]
