@@ -51,7 +51,7 @@ def compile_kernels():
         def get_active_torch_device(self):
             return torch.device("cpu")
 
-    compiled, waiting = [], {}
+    compiled, waiting, shared_bytes = [], {}, {}
 
     def compile_only(kernel, *args, grid, warmup, **named):
         if "INTERPRETED" in named:
@@ -59,7 +59,9 @@ def compile_kernels():
         made = launch(kernel, *args, grid=grid, warmup=True, **named)
         assert made.asm["cubin"], kernel
         compiled.append(kernel)
-        waiting[kernel.fn.__name__] = loads_in_loops_that_copy_ahead(made.asm["ttgir"])
+        name = kernel.fn.__name__
+        waiting[name] = loads_in_loops_that_copy_ahead(made.asm["ttgir"])
+        shared_bytes[name] = made.metadata.shared
 
     driver.set_active(Hopper())
     choose_assembler()
@@ -80,8 +82,13 @@ def compile_kernels():
     for name in ("gla", "gdn", "gdn2"):
         check(CORNERS[name], SHORT, given_state=False)
         check(CORNERS[name], LONG)
-    check(CORNERS["gdn"], DOCUMENTS, lengths=(3, 0, 137, 1, 159))
-    check(CORNERS["gdn2"], DOCUMENTS, lengths=(3, 0, 137, 1, 159))
+    passes = [f"{path}{way}_states_kernel" for path in ("scalar_", "") for way in ("forward", "backward")]
+    for name in ("gdn", "gdn2"):
+        check(CORNERS[name], DOCUMENTS._replace(B=5))
+        of_rows = {x: shared_bytes[x] for x in passes}
+        check(CORNERS[name], DOCUMENTS, lengths=(3, 0, 137, 1, 159))
+        # as many copies are on their way as where rows are sequences
+        assert of_rows == {x: shared_bytes[x] for x in passes}, name
     check(Corner("scalar", "vector", "none"), USUAL)  # a kernel of its own for its keys
     check(CORNERS["gdn2"], USUAL, torch.float32)
 

@@ -52,8 +52,7 @@ def sequence_chunks(n, chunks_a_row, firsts):
 def sequence_tokens(
     first, end, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """Of the chunks `first` up to `end` of a sequence: its batch row, where its chunk 0 would begin there, and where its
-    tokens end.
+    """Of a sequence's chunks, `first` up to `end`: its batch row, where chunk 0 would begin there, its tokens' end.
 
     Found once, not in the loop over chunks: to divide takes forty instructions, and behind a load of where a chunk
     begins Triton makes the copies ahead half as far ahead.
