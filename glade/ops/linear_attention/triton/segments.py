@@ -18,6 +18,7 @@ from glade.ops.linear_attention.triton.launch import Segments, constants
 from glade.ops.linear_attention.triton.tiles import sequence_chunks
 
 SCANNED_BLOCK = 16  # value channels of a program of the scan: the fewest that a product takes
+LARGEST_AT_ONCE = 128  # key channels whose M, fp32, fits twice into shared memory
 
 
 @triton.jit
@@ -39,7 +40,8 @@ def scan_segments_kernel(
     segments_a_row, firsts,
     HV, K, V,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-    MATRIX: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    MATRIX: tl.constexpr, BY_BLOCKS: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`states` of each segment, the state before it (REVERSE: the gradient of the one after it), and `last`, what is
     behind all segments of a sequence; either of `given` (the state to begin with) and `last` may be None.
@@ -59,14 +61,22 @@ def scan_segments_kernel(
         S = tl.zeros([BV, KP], tl.float32)
     else:
         S = tl.load(given + of_sequence + state_at, mask=in_state, other=0.0)
-    # not pipelined: a trip reads what it has just written
-    for step in tl.range(0, end - first, num_stages=1):
+    for step in tl.range(0, end - first, num_stages=STAGES):
         segment = tl.zeros([], tl.int64) + (end - 1 - step if REVERSE else first + step)
         tile = segment * HV + head
         made = tl.load(N + tile * VP * KP + columns[:, None] * KP + dims[None, :])
-        if MATRIX:
-            # A product's left side by blocks of its channels, which registers cannot be cut into: from memory. As many
-            # right sides as registers hold are on their way before, or each product would wait for its own.
+        if not MATRIX:
+            tl.store(states + tile * K * V + state_at, S, mask=in_state)
+            S = made + S * tl.load(M + tile * KP + dims)[None, :]
+        elif not BY_BLOCKS:
+            tl.store(states + tile * K * V + state_at, S, mask=in_state)
+            matrix = tl.load(M + tile * KP * KP + dims[:, None] * KP + dims[None, :])
+            if REVERSE:
+                matrix = tl.trans(matrix)
+            S = tl.dot(S, matrix, made, input_precision=PRECISION)
+        else:
+            # By blocks: of the left side from memory, since registers cannot be cut into them. As many of the right
+            # side as registers hold are on their way before, or each product would wait for its own.
             NUM: tl.constexpr = min(4, KP // BK)
             blocks = matrix_blocks(M + tile * KP * KP, dims, 0, NUM, KP, BK, REVERSE)
             tl.store(states + tile * K * V + state_at, S, mask=in_state)
@@ -82,9 +92,6 @@ def scan_segments_kernel(
                     blocks = matrix_blocks(M + tile * KP * KP, dims, block * BK, NUM, KP, BK, REVERSE)
                 made = tl.dot(parts[block], blocks[block % NUM], made, input_precision=PRECISION)
             S = made
-        else:
-            tl.store(states + tile * K * V + state_at, S, mask=in_state)
-            S = made + S * tl.load(M + tile * KP + dims)[None, :]
     if last is not None:
         tl.store(last + of_sequence + state_at, S, mask=in_state)
 
@@ -107,11 +114,13 @@ def blocks_of_both(call: Call, BV: int) -> int:
 def scan_segments(call: Call, segments: Segments, M: Tensor, N: Tensor, given, last, reverse: bool) -> Tensor:
     """What `scan_segments_kernel` calls states."""
     states = of_segments(call, N, call.K, call.V)
+    by_blocks = call.KP > LARGEST_AT_ONCE
     scan_segments_kernel[(call.VP // SCANNED_BLOCK * segments.whole.sequences * call.HV,)](
         M, N, given, states, last, segments.whole.a_row, segments.whole.firsts,
         *constants(call.HV, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=SCANNED_BLOCK, BK=min(call.KP, 32),
-        MATRIX=call.erase > 0, REVERSE=reverse, PRECISION=WIDE.precision,
+        MATRIX=call.erase > 0, BY_BLOCKS=by_blocks, REVERSE=reverse, PRECISION=WIDE.precision,
+        STAGES=1 if by_blocks else 3,  # by blocks a trip reads what it has just written: no copy may go ahead of that
         num_warps=8 if call.KP > 64 else 4,
     )  # fmt: skip
     return states
