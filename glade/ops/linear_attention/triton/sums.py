@@ -17,6 +17,7 @@ from glade.ops.linear_attention.triton.launch import device_of
 COLUMNS = 8  # of a program, at least: 32 bytes, the least that memory hands out; so there are many programs
 ROWS = 1024  # parts that a program reads at once
 TILE = 512  # numbers that it reads at once, at least: few parts have many columns
+LARGE_TILE, MANY_PROGRAMS = 4096, 512  # where there are many programs all the same
 
 
 @triton.jit
@@ -37,7 +38,8 @@ def sum_of_programs(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
         return sums.zero_()
     if sums.numel() > 0:
         R = min(ROWS, triton.next_power_of_2(len(parts)))
-        BC = max(COLUMNS, TILE // R)
+        many = sums.numel() * R >= MANY_PROGRAMS * LARGE_TILE
+        BC = max(COLUMNS, (LARGE_TILE if many else TILE) // R)
         with device_of(parts):
             sum_kernel[(triton.cdiv(sums.numel(), BC),)](
                 parts, sums, len(parts), sums.numel(), R=R, BC=BC, num_warps=8 if R > 256 else 4
