@@ -102,10 +102,6 @@ def prepare_kernel(
     rows = tl.arange(0, C)
     q = token_head(q, q_strides, row, start, head // GROUP)
     k = token_head(k, k_strides, row, start, head // GROUP)
-    if WRITE == SCALAR:
-        write = token_head(write, write_strides, row, start, head)
-        written = tl.load(write + rows * write_strides[1], mask=rows < live, other=0.0)
-        tl.store(write_rows + tile * C + rows, written.to(tl.float32))
     if ERASE != NONE:
         erase = token_head(erase, erase_strides, row, start, head)
     if GATE != NONE:
@@ -207,6 +203,11 @@ def prepare_kernel(
             lower = tl.where(rows[:, None] > rows[None, :], lower * between, 0.0)
     square = rows[:, None] * C + rows[None, :]
     tl.store(P + tile * C * C + square, (products * scale).to(DTYPE))
+    if WRITE == SCALAR:
+        write = token_head(write, write_strides, row, start, head)
+        written = tl.load(write + rows * write_strides[1], mask=rows < live, other=0.0)
     if ERASE != NONE:
         inverse = unit_lower_inverse(lower, C, LEVELS, DTYPE, PRECISION)
         tl.store(A + tile * C * C + square, inverse.to(DTYPE))
+    if WRITE == SCALAR:  # after all that could wait for it
+        tl.store(write_rows + tile * C + rows, written.to(tl.float32))
