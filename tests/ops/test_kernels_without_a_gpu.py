@@ -87,8 +87,8 @@ def compile_kernels():
         check(CORNERS[name], DOCUMENTS._replace(B=5))
         of_rows = {x: shared_bytes[x] for x in passes}
         check(CORNERS[name], DOCUMENTS, lengths=(3, 0, 137, 1, 159))
-        # as many copies are on their way as where rows are sequences
-        assert of_rows == {x: shared_bytes[x] for x in passes}, name
+        # as many copies are on their way as where rows are sequences; those of whole tiles have a few words beside them
+        assert all(abs(of_rows[x] - shared_bytes[x]) < 512 for x in passes), (name, of_rows, shared_bytes)
     check(Corner("scalar", "vector", "none"), USUAL)  # a kernel of its own for its keys
     check(CORNERS["gdn2"], USUAL, torch.float32)
 
@@ -101,7 +101,7 @@ def loads_in_loops_that_copy_ahead(ttgir):
         indent = len(line) - len(line.lstrip())
         if loops and line.strip().startswith("}") and indent == loops[-1][0]:
             _, body = loops.pop()
-            if any("async_copy" in x for x in body):
+            if any("async_copy" in x or "async_tma_copy" in x for x in body):
                 loads += [x for x in body if "tt.load" in x and "tensor<" in x]
         for _, body in loops:
             body.append(line)

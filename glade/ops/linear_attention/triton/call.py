@@ -112,7 +112,11 @@ class Call:
         return chunks.starts, chunks.ends, self.T, chunks.a_row
 
     def along(self, chunks: Chunks) -> tuple:
-        return chunks.starts, chunks.ends, chunks.firsts, self.T, chunks.a_row
+        return chunks.starts, chunks.ends, self.T, *self.in_sequence(chunks)
+
+    @staticmethod
+    def in_sequence(chunks: Chunks) -> tuple:
+        return chunks.firsts, chunks.a_row, chunks.a_sequence
 
     def gradient_of_keys(self, x: Tensor) -> Tensor:
         """Empty, for what the programs of each value head write: sums over a group of heads follow in fp32."""

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glade.errors import BackendError
 from glade.ops.linear_attention.chunk_layout import max_chunks
+from glade.ops.linear_attention.triton.configs import arch_of
 from glade.ops.packing import checked_borders, once
 
 MAX_KEY_DIM = 256  # a program holds all key channels of its block of the state
@@ -18,14 +20,16 @@ MAX_KEY_DIM = 256  # a program holds all key channels of its block of the state
 class Chunks(NamedTuple):
     """Chunk m of a call: tokens starts[m] up to ends[m] at most; sequence n has the chunks firsts[n] : firsts[n + 1].
 
-    The tensors are None when sequences are batch rows, of `a_row` chunks each; only `firsts` is given where batch rows
-    are cut into segments. Packed, `count` is a bound that follows from shapes; chunks that are not used have no tokens.
+    The tensors are None when sequences are batch rows, of `a_row` chunks each, or segments of them, of `a_sequence`
+    chunks each but for a row's last. Packed, `count` is a bound that follows from shapes; chunks that are not used have
+    no tokens.
     """
 
     size: int
     count: int
     sequences: int
     a_row: int
+    a_sequence: int | None
     starts: Tensor | None
     ends: Tensor | None
     firsts: Tensor | None
@@ -40,8 +44,8 @@ def chunks_of(v: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     B, T = v.shape[:2]
     count = max_chunks(B, T, cu_seqlens, size)
     if cu_seqlens is None:
-        return Chunks(size, count, B, -(-T // size), None, None, None)
-    return Chunks(size, count, len(cu_seqlens) - 1, 0, *_packed_chunks(cu_seqlens, T, size))
+        return Chunks(size, count, B, -(-T // size), None, None, None, None)
+    return Chunks(size, count, len(cu_seqlens) - 1, 0, None, *_packed_chunks(cu_seqlens, T, size))
 
 
 @once
@@ -71,21 +75,19 @@ class Segments(NamedTuple):
 def segments_of(v: Tensor, cu_seqlens: Tensor | None, chunks: Chunks, spans: Chunks, length: int) -> Segments:
     """Segments of `length` chunks."""
     whole = chunks_of(v, cu_seqlens, chunks.size * length)
-    by_segments = _by_segments(chunks, whole, v.device)
-    return Segments(by_segments, by_segments if spans is chunks else _by_segments(spans, whole, v.device), whole)
+    by_segments = _by_segments(chunks, whole)
+    return Segments(by_segments, by_segments if spans is chunks else _by_segments(spans, whole), whole)
 
 
-def _by_segments(chunks: Chunks, whole: Chunks, device: torch.device) -> Chunks:
+def _by_segments(chunks: Chunks, whole: Chunks) -> Chunks:
     """The same chunks with the segments of `whole` in the place of sequences."""
     length = whole.size // chunks.size
-    segment = torch.arange(whole.count + 1, device=device, dtype=torch.int32)
-    firsts = segment * length
-    if chunks.firsts is not None and whole.firsts is not None:
-        sequence = torch.searchsorted(whole.firsts[1:], segment, right=True)
-        firsts += chunks.firsts[sequence] - whole.firsts[sequence] * length
-        firsts = torch.minimum(firsts, chunks.firsts[-1])  # those that are not used
-    elif chunks.a_row != whole.a_row * length:
-        firsts += segment // whole.a_row * (chunks.a_row - whole.a_row * length)
+    if chunks.firsts is None or whole.firsts is None:
+        return chunks._replace(sequences=whole.count, a_sequence=length)
+    segment = torch.arange(whole.count + 1, device=chunks.firsts.device, dtype=torch.int32)
+    sequence = torch.searchsorted(whole.firsts[1:], segment, right=True)
+    firsts = segment * length + chunks.firsts[sequence] - whole.firsts[sequence] * length
+    firsts = torch.minimum(firsts, chunks.firsts[-1])  # those that are not used
     return chunks._replace(sequences=whole.count, firsts=firsts)
 
 
@@ -117,6 +119,19 @@ def _constant(number: int) -> tl.constexpr:
 def strides_of(x: Tensor | None) -> tuple:
     """Strides as a kernel takes them: that of the batch a number, the others constants."""
     return () if x is None else (x.stride(0), *constants(*x.stride()[1:]))
+
+
+def tiles_of(x: Tensor, *tile: int) -> TensorDescriptor | None:
+    """x for a kernel that takes tiles of it, of a size an axis, by the processor's own copies of whole tiles: one
+    thread asks for all of a tile, and what lies beyond x comes as zeros. None where the kernel has to load row by row:
+    before sm_90, and where x does not lie as these copies take it."""
+    size, strides = x.element_size(), x.stride()
+    aligned = x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides[:-1])
+    nested = all(outer >= inner * n for outer, inner, n in zip(strides, strides[1:], x.shape[1:], strict=False))
+    fits = x.numel() > 0 and max(x.shape) < 2**31
+    if arch_of(x.device) < 90 or not (aligned and nested and fits and strides[-1] == 1):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(strides), list(tile))
 
 
 def device_of(x: Tensor) -> AbstractContextManager:

@@ -22,6 +22,7 @@ from glade.ops.linear_attention.triton.launch import (
     constants,
     device_of,
     strides_of,
+    tiles_of,
 )
 from glade.ops.linear_attention.triton.scalar_keys import scalar_keys_kernel
 from glade.ops.linear_attention.triton.scalar_prepare import scalar_prepare_kernel
@@ -33,8 +34,9 @@ from glade.ops.parts import gradient_like
 
 def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, keep: bool) -> list[Tensor]:
     """Empty: G, erase, write, A of every chunk, R of each span of chunks, S before it, P, the products of each chunk's
-    pairs, what each chunk keeps of a state, and M of each segment. Of no elements: what the gates do not need; R, S and
-    P, which only a backward reads, unless it is to follow; and the last two unless sequences are cut."""
+    pairs, what each chunk keeps of a state, and of each segment whether M is anything but zero, and M. Of no elements:
+    what the gates do not need; R, S and P, which only a backward reads, unless it is to follow; and the last three
+    unless sequences are cut."""
     M, HV, C, KP, VP = num_chunks, call.HV, call.chunk, call.KP, call.VP
     erased = call.erase > 0
     rows = [(M, HV, C if given else 0) for given in (call.gate > 0, erased, call.write == 1)]
@@ -48,7 +50,8 @@ def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, kee
     shapes, dtypes = rows + tiles, dtypes + [call.dtype] * len(tiles)
     empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     fading = v.new_empty(M if call.gate and call.segment else 0, HV, dtype=torch.float32)
-    return [*empty, fading, what_segments_keep(call, v)]
+    reaches = v.new_empty(call.num_segments if call.gate and erased else 0, HV, dtype=torch.int32)
+    return [*empty, fading, reaches, what_segments_keep(call, v)]
 
 
 def forward(q, k, v, g, erase, write, scale, state, cu_seqlens, keep) -> list[Tensor]:
@@ -91,9 +94,12 @@ def _forward_states(
         return
     launch = call.config.forward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
+    # a tile would reach into the next document
+    tiles = ((q, call.KP), (k, call.KP), (v, BV))
+    tiles = (None if call.packed else tiles_of(x, 1, call.chunk, 1, width) for x, width in tiles)
     scalar_forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
-        q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
-        *kept[:4], o, initial, final, *kept[4:7], *call.along(chunks), spans.firsts, spans.a_row, scale,
+        q, k, v, write, *(strides_of(x) for x in (q, k, v, write)), *tiles,
+        *kept[:4], o, initial, final, *kept[4:7], *call.along(chunks), *call.in_sequence(spans), scale,
         *constants(call.HV, call.group, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, BK=call.keys_block, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
@@ -136,7 +142,7 @@ def _backward_states(
         scalar_backward_states_kernel[(programs,)](
             do, q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
             *kept[:4], kept[6], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks),
-            spans.firsts, spans.a_row, call.num_token_heads, scale,
+            *call.in_sequence(spans), call.num_token_heads, scale,
             *constants(call.HV, call.group, call.K, call.V, token_stride(dv)),
             KP=call.KP, VP=call.VP, BV=BV, BK=call.keys_block, C=call.chunk, SPAN=call.span,
             GATE=call.gate, ERASE=call.erase, WRITE=call.write,

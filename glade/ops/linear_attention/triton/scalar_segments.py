@@ -10,7 +10,8 @@ sum of logs. dN is the gradient of the state before the segment where that of th
 held as in `scalar_states.py`.
 
 Chunks from which less than 2^-126 of a state reaches the border are left out (`chunks_that_matter`): it is what fp32's
-smallest normal number would make of that state.
+smallest normal number would make of that state. Where not even the segment's first chunk is left, M is zero, and is not
+made; `reaches` says so to the scan.
 """
 
 # Triton need not be installed where there is no GPU
@@ -54,8 +55,8 @@ def chunks_that_matter(fading, first, end, head, HV, REVERSE: tl.constexpr):
 def scalar_forward_segments_kernel(
     k, v, write, k_strides, v_strides, write_strides,
     G, erase_rows, write_rows, A, fading,
-    M, N,
-    starts, ends, firsts, num_tokens, chunks_a_row,
+    M, N, reaches,
+    starts, ends, num_tokens, firsts, chunks_a_row, chunks_a_sequence,
     HV, GROUP, K, V,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, NUM_BLOCKS: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
@@ -64,7 +65,7 @@ def scalar_forward_segments_kernel(
     segment_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = segment_head // HV, segment_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first, end_chunk = sequence_chunks(n, firsts, chunks_a_row, chunks_a_sequence)
     row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     square = rows[:, None] * C + rows[None, :]
@@ -73,7 +74,14 @@ def scalar_forward_segments_kernel(
     S = tl.where(columns[:, None] - VP == dims[None, :], 1.0, 0.0)
     kept = 1.0
     if GATE == SCALAR:
-        first = end_chunk - chunks_that_matter(fading, first, end_chunk, head, HV, False)
+        matter = chunks_that_matter(fading, first, end_chunk, head, HV, False)
+        reaching = matter == end_chunk - first
+        first = end_chunk - matter
+        if ERASE != NONE:
+            S = tl.where(reaching, S, 0.0)
+            first = tl.where((block * BV < VP) | reaching, first, end_chunk)
+            if block == 0:
+                tl.store(reaches + segment_head, tl.where(reaching, 1, 0))
     for m in tl.range(first, end_chunk, num_stages=STAGES):
         m = tl.zeros([], tl.int32) + m  # a tensor, in Triton's interpreter too
         start = origin + m * C
@@ -84,8 +92,9 @@ def scalar_forward_segments_kernel(
         if GATE == SCALAR:
             _, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
         z = values_to_write(
-            v, v_strides, write, write_strides, write_rows, N, row, start, head, tile, rows, live, columns, V, C, WRITE
-        )
+            v, v_strides, None, write, write_strides, write_rows, N, row, start, head, tile, live, block * BV, V,
+            C, BV, WRITE,
+        )  # fmt: skip
         if ERASE != NONE:
             erased = tl.load(erase_rows + tile * C + rows)
             if GATE == SCALAR:
@@ -113,7 +122,7 @@ def scalar_backward_segments_kernel(
     do, q, k, q_strides, k_strides,
     G, erase_rows, A, fading,
     dN,
-    starts, ends, firsts, num_tokens, chunks_a_row, scale,
+    starts, ends, num_tokens, firsts, chunks_a_row, chunks_a_sequence, scale,
     HV, GROUP, K, V,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
@@ -122,7 +131,7 @@ def scalar_backward_segments_kernel(
     NUM_BLOCKS: tl.constexpr = VP // BV
     segment_head = tl.program_id(0) // NUM_BLOCKS
     n, head = segment_head // HV, segment_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first, end_chunk = sequence_chunks(n, firsts, chunks_a_row, chunks_a_sequence)
     row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, dims = tl.arange(0, C), tl.arange(0, KP)
     columns = (tl.program_id(0) % NUM_BLOCKS) * BV + tl.arange(0, BV)

@@ -21,19 +21,20 @@ from glade.ops.linear_attention.triton.segments import blocks_of_both, of_segmen
 
 def states_before(call: Call, segments: Segments, k, v, write, initial, final: Tensor, kept: list[Tensor]) -> Tensor:
     """The state before each segment, and into `final` the one after the last."""
-    M, N = kept[8], of_segments(call, v, call.VP, call.KP)
+    reaches, M = _of_segments_kept(kept)
+    N = of_segments(call, v, call.VP, call.KP)
     launch = call.config.forward
     BV = call.value_block(launch, segments.chunks, FEW_PROGRAMS)
     blocks = blocks_of_both(call, BV)
     scalar_forward_segments_kernel[(blocks * segments.chunks.sequences * call.HV,)](
         k, v, write, *(strides_of(x) for x in (k, v, write)),
-        *kept[:4], kept[7], M, N, *call.along(segments.chunks),
+        *kept[:4], kept[7], M, N, reaches, *call.along(segments.chunks),
         *constants(call.HV, call.group, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, NUM_BLOCKS=blocks, C=call.chunk,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
         STAGES=launch.stages, **launch.options,
     )  # fmt: skip
-    return scan_segments(call, segments, M, N, initial, final, reverse=False)
+    return scan_segments(call, segments, M, N, reaches, initial, final, reverse=False)
 
 
 def gradients_after(call: Call, segments: Segments, do, q, k, scale: float, d_final, d_initial, kept) -> Tensor:
@@ -50,4 +51,10 @@ def gradients_after(call: Call, segments: Segments, do, q, k, scale: float, d_fi
         GATE=call.gate, ERASE=call.erase, PACKED=call.packed, **call.types,
         STAGES=launch.stages, **launch.options,
     )  # fmt: skip
-    return scan_segments(call, segments, kept[8], dN, d_final, d_initial, reverse=True)
+    reaches, M = _of_segments_kept(kept)
+    return scan_segments(call, segments, M, dN, reaches, d_final, d_initial, reverse=True)
+
+
+def _of_segments_kept(kept: list[Tensor]) -> tuple[Tensor | None, Tensor]:
+    reaches, M = kept[8:]
+    return reaches if reaches.numel() > 0 else None, M

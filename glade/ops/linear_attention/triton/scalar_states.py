@@ -30,6 +30,7 @@ from glade.ops.linear_attention.triton.tiles import (
     SCALAR,
     VECTOR,
     load_rows,
+    load_tile,
     sequence_chunks,
     sequence_tokens,
     token_head,
@@ -61,14 +62,15 @@ def chunk_decays(G, tile, rows, C: tl.constexpr):
 
 @triton.jit
 def values_to_write(
-    v, v_strides, write, write_strides, write_rows, elsewhere, row, start, head, tile, rows, live, columns, V,
-    C: tl.constexpr, WRITE: tl.constexpr,
+    v, v_strides, v_tiles, write, write_strides, write_rows, elsewhere, row, start, head, tile, live, first, V,
+    C: tl.constexpr, BV: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """write v, [value channels, tokens] in fp32."""
-    v_tile = load_rows(token_head(v, v_strides, row, start, head), v_strides, rows, live, columns, V)
-    # Never so: a second use, without which Triton lays v's copy in shared memory out as an operand, cannot write it
-    # in 4 bytes, and keeps the copies ahead in registers, waiting for each as soon as it is asked for.
-    if live <= 0:
+    v_tile = load_tile(v, v_strides, v_tiles, row, start, head, live, first, V, C, BV)
+    rows, columns = tl.arange(0, C), first + tl.arange(0, BV)
+    # Never so: a second use, without which Triton lays v's copy in shared memory out as an operand, cannot write it in
+    # 4 bytes, and keeps the copies ahead in registers, waiting for each as soon as it is asked for.
+    if v_tiles is None and live <= 0:
         tl.store(elsewhere + columns[None, :] + rows[:, None], v_tile.to(elsewhere.dtype.element_ty))
     z = tl.trans(v_tile).to(tl.float32)
     if WRITE == SCALAR:
@@ -81,10 +83,11 @@ def values_to_write(
 
 @triton.jit
 def scalar_forward_states_kernel(
-    q, k, v, write, q_strides, k_strides, v_strides, write_strides,
+    q, k, v, write, q_strides, k_strides, v_strides, write_strides, q_tiles, k_tiles, v_tiles,
     G, erase_rows, write_rows, A,
     o, initial, final, R, S_before, P,
-    starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row, scale,
+    starts, ends, num_tokens, firsts, chunks_a_row, chunks_a_sequence,
+    span_firsts, spans_a_row, spans_a_sequence, scale,
     HV, GROUP, K, V,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr,
@@ -95,9 +98,9 @@ def scalar_forward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first, end_chunk = sequence_chunks(n, firsts, chunks_a_row, chunks_a_sequence)
     row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    first_span, _ = sequence_chunks(n, spans_a_row, spans)
+    first_span, _ = sequence_chunks(n, span_firsts, spans_a_row, spans_a_sequence)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
     not_before = rows[None, :] >= rows[:, None]
@@ -115,10 +118,8 @@ def scalar_forward_states_kernel(
         start = origin + m * C
         live = end_token - start
         tile = m.to(tl.int64) * HV + head
-        q_head = token_head(q, q_strides, row, start, head // GROUP)
-        k_head = token_head(k, k_strides, row, start, head // GROUP)
-        q_tile = load_rows(q_head, q_strides, rows, live, dims, K).to(DTYPE)
-        k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
+        q_tile = load_tile(q, q_strides, q_tiles, row, start, head // GROUP, live, 0, K, C, KP).to(DTYPE)
+        k_tile = load_tile(k, k_strides, k_tiles, row, start, head // GROUP, live, 0, K, C, KP).to(DTYPE)
         # Made first, and rounded at once: later it would stand in registers beside all the other sums. Its rows are
         # the earlier tokens.
         products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
@@ -128,8 +129,9 @@ def scalar_forward_states_kernel(
         products = tl.where(not_before, products, 0.0).to(DTYPE)
 
         z = values_to_write(
-            v, v_strides, write, write_strides, write_rows, o, row, start, head, tile, rows, live, columns, V, C, WRITE
-        )
+            v, v_strides, v_tiles, write, write_strides, write_rows, o, row, start, head, tile, live, block * BV, V,
+            C, BV, WRITE,
+        )  # fmt: skip
         S_low = S.to(DTYPE)
         out = tl.dot(S_low, tl.trans(q_tile), input_precision=PRECISION)
         if ERASE != NONE:
@@ -171,7 +173,8 @@ def scalar_backward_states_kernel(
     do, q, k, v, write, q_strides, k_strides, v_strides, write_strides,
     G, erase_rows, write_rows, A, P,
     d_final, d_initial, dv, d_write, dR, dS_after,
-    starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row, num_token_heads, scale,
+    starts, ends, num_tokens, firsts, chunks_a_row, chunks_a_sequence,
+    span_firsts, spans_a_row, spans_a_sequence, num_token_heads, scale,
     HV, GROUP, K, V, dv_stride,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
@@ -181,13 +184,14 @@ def scalar_backward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first, end_chunk = sequence_chunks(n, firsts, chunks_a_row, chunks_a_sequence)
     row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    first_span, _ = sequence_chunks(n, spans_a_row, spans)
+    first_span, _ = sequence_chunks(n, span_firsts, spans_a_row, spans_a_sequence)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
     square = rows[:, None] * C + rows[None, :]
     states = kept_at(columns[:, None], dims[None, :], VP, BK)
+    token_values = columns[:, None] + rows[None, :] * (HV * V)
     state_at = columns[:, None] + dims[None, :] * V
     of_sequence = sequence_head.to(tl.int64) * K * V
     if d_final is None:
@@ -205,9 +209,9 @@ def scalar_backward_states_kernel(
         k_tile = load_rows(k_head, k_strides, rows, live, dims, K).to(DTYPE)
         first_token = row.to(tl.int64) * num_tokens + start
         first_head = first_token * HV + head
-        inside = (rows < live)[:, None] & (columns < V)[None, :]
-        token_values = columns[None, :] + rows[:, None] * (HV * V)
-        d_out = tl.load(do + first_head * V + token_values, mask=inside, other=0.0).to(DTYPE)
+        inside = (columns < V)[:, None] & (rows < live)[None, :]
+        at_out = do + first_head * V + columns[None, :] + rows[:, None] * (HV * V)
+        d_out = tl.load(at_out, mask=(rows < live)[:, None] & (columns < V)[None, :], other=0.0).to(DTYPE)
         if GATE == SCALAR:
             _sums, to_row, to_end, decay = chunk_decays(G, tile, rows, C)
 
@@ -228,6 +232,8 @@ def scalar_backward_states_kernel(
             tl.store(dS_after + span * KP * VP + states, dS_low)
         if ERASE != NONE:
             z = tl.dot(z.to(DTYPE), tl.load(A + tile * C * C + square), input_precision=PRECISION)
+            written = (span * SPAN + (m - first) % SPAN) * C * VP + columns[:, None] + rows[None, :] * VP
+            tl.store(dR + written, z.to(DTYPE), mask=inside)
 
         d_out = d_out.to(tl.float32) * scale
         if GATE == SCALAR:
@@ -242,26 +248,17 @@ def scalar_backward_states_kernel(
 
         if WRITE != NONE:
             d_gate = z * tl.trans(v_tile).to(tl.float32)
-        if WRITE == SCALAR:
-            # by sixteens, which a warp holds: nothing passes from warp to warp
-            parts = tl.arange(0, BV // 16)[:, None]
-            at = d_write + (block * (BV // 16) + parts).to(tl.int64) * num_token_heads + first_head
-            of_parts = tl.sum(tl.reshape(d_gate, [BV // 16, 16, C]), 1)
-            tl.store(at + rows[None, :] * HV, of_parts, mask=rows[None, :] < live)
-        elif WRITE == VECTOR:
-            tl.store(
-                d_write + first_head * V + token_values, tl.trans(d_gate.to(d_write.dtype.element_ty)), mask=inside
-            )
-        # turned once, as v lies in memory, for dR^ and dv
-        dr = tl.trans(z.to(DTYPE))
-        if ERASE != NONE:
-            written = (span * SPAN + (m - first) % SPAN) * C * VP + columns[None, :] + rows[:, None] * VP
-            tl.store(dR + written, dr, mask=inside)
-        if WRITE == SCALAR:
-            dr = dr.to(tl.float32) * tl.load(write_rows + tile * C + rows)[:, None]
-        elif WRITE == VECTOR:
-            dr = tl.trans((z * tl.trans(gate_tile).to(tl.float32)).to(DTYPE))
-        at_v = dv + first_token * dv_stride + head * V + columns[None, :] + rows[:, None] * dv_stride
-        tl.store(at_v, dr.to(dv.dtype.element_ty), mask=inside)
+            if WRITE == SCALAR:
+                # by sixteens, which a warp holds: nothing passes from warp to warp
+                parts = tl.arange(0, BV // 16)[:, None]
+                at = d_write + (block * (BV // 16) + parts).to(tl.int64) * num_token_heads + first_head
+                of_parts = tl.sum(tl.reshape(d_gate, [BV // 16, 16, C]), 1)
+                tl.store(at + rows[None, :] * HV, of_parts, mask=rows[None, :] < live)
+                z *= tl.load(write_rows + tile * C + rows)[None, :]
+            else:
+                tl.store(d_write + first_head * V + token_values, d_gate.to(d_write.dtype.element_ty), mask=inside)
+                z *= tl.trans(gate_tile).to(tl.float32)
+        at_v = dv + first_token * dv_stride + head * V + columns[:, None] + rows[None, :] * dv_stride
+        tl.store(at_v, z.to(dv.dtype.element_ty), mask=inside)
     if INITIAL:
         tl.store(d_initial + of_sequence + state_at, dS, mask=in_state)

@@ -1,7 +1,8 @@
 """The states at the borders of the segments that long sequences are cut into, from what each segment does to a state.
 
 A segment turns the state S before it into M S + N, and a gradient dS of the state after it into M^T dS + dN. N, dN and
-M are made for all segments at once; this scan, over the few segments of a sequence, is all that remains in a row.
+M are made for all segments at once; this scan, over the few segments of a sequence, is all that remains in a row. Where
+decays are such that nothing of a state outlasts any segment, it takes N and dN as they are.
 """
 
 # Triton need not be installed where there is no GPU
@@ -19,6 +20,7 @@ from glade.ops.linear_attention.triton.tiles import sequence_chunks
 
 SCANNED_BLOCK = 16  # value channels of a program of the scan: the fewest that a product takes
 LARGEST_AT_ONCE = 128  # key channels whose M, fp32, fits twice into shared memory
+SEGMENTS_AT_ONCE = tl.constexpr(64)
 
 
 @triton.jit
@@ -35,9 +37,19 @@ def matrix_blocks(M, dims, first, NUM: tl.constexpr, KP: tl.constexpr, BK: tl.co
 
 
 @triton.jit
+def none_reaches(reaches, first, end, head, HV):
+    """Whether nothing of the state before a segment is left after it, of all segments from `first` up to `end`."""
+    among, reaching = tl.arange(0, SEGMENTS_AT_ONCE), 0
+    for block in tl.range(first, end, SEGMENTS_AT_ONCE):
+        segment = block + among
+        reaching += tl.sum(tl.load(reaches + segment * HV + head, mask=segment < end, other=0), 0)
+    return reaching == 0
+
+
+@triton.jit
 def scan_segments_kernel(
-    M, N, given, states, last,
-    segments_a_row, firsts,
+    M, N, reaches, given, states, last,
+    firsts, segments_a_row,
     HV, K, V,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
     MATRIX: tl.constexpr, BY_BLOCKS: tl.constexpr, REVERSE: tl.constexpr,
@@ -48,11 +60,12 @@ def scan_segments_kernel(
 
     M [segments, HV, KP, KP], key channels of the state before by those of the state after it, or without erase (not
     MATRIX) its diagonal [segments, HV, KP]; N [segments, HV, VP, KP]; states [segments, HV, K, V]. All are fp32.
+    `reaches` [segments, HV] int32 is zero where M is zero; None: it never is.
     """
     NUM_BLOCKS: tl.constexpr = VP // BV
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end = sequence_chunks(n, segments_a_row, firsts)
+    first, end = sequence_chunks(n, firsts, segments_a_row, None)
     dims, columns = tl.arange(0, KP), (tl.program_id(0) % NUM_BLOCKS) * BV + tl.arange(0, BV)
     in_state = (columns < V)[:, None] & (dims < K)[None, :]
     state_at = columns[:, None] + dims[None, :] * V
@@ -61,7 +74,16 @@ def scan_segments_kernel(
         S = tl.zeros([BV, KP], tl.float32)
     else:
         S = tl.load(given + of_sequence + state_at, mask=in_state, other=0.0)
-    for step in tl.range(0, end - first, num_stages=STAGES):
+    without = 0  # steps that take no matrix: all or none, for a matrix under a condition could not be copied ahead
+    if reaches is not None:
+        without = tl.where(none_reaches(reaches, first, end, head, HV), end - first, 0)
+    for step in tl.range(0, without, num_stages=STAGES):
+        segment = tl.zeros([], tl.int64) + (end - 1 - step if REVERSE else first + step)
+        tile = segment * HV + head
+        made = tl.load(N + tile * VP * KP + columns[:, None] * KP + dims[None, :])
+        tl.store(states + tile * K * V + state_at, S, mask=in_state)
+        S = made
+    for step in tl.range(without, end - first, num_stages=STAGES):
         segment = tl.zeros([], tl.int64) + (end - 1 - step if REVERSE else first + step)
         tile = segment * HV + head
         made = tl.load(N + tile * VP * KP + columns[:, None] * KP + dims[None, :])
@@ -111,12 +133,14 @@ def blocks_of_both(call: Call, BV: int) -> int:
     return call.VP // BV + (-(-call.KP // BV) if call.erase else 0)
 
 
-def scan_segments(call: Call, segments: Segments, M: Tensor, N: Tensor, given, last, reverse: bool) -> Tensor:
+def scan_segments(
+    call: Call, segments: Segments, M: Tensor, N: Tensor, reaches: Tensor | None, given, last, reverse: bool
+) -> Tensor:
     """What `scan_segments_kernel` calls states."""
     states = of_segments(call, N, call.K, call.V)
     by_blocks = call.KP > LARGEST_AT_ONCE
     scan_segments_kernel[(call.VP // SCANNED_BLOCK * segments.whole.sequences * call.HV,)](
-        M, N, given, states, last, segments.whole.a_row, segments.whole.firsts,
+        M, N, reaches, given, states, last, segments.whole.firsts, segments.whole.a_row,
         *constants(call.HV, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=SCANNED_BLOCK, BK=min(call.KP, 32),
         MATRIX=call.erase > 0, BY_BLOCKS=by_blocks, REVERSE=reverse, PRECISION=WIDE.precision,

@@ -60,7 +60,8 @@ def forward_states_kernel(
     v, write, v_strides, write_strides, write_rows,
     Qg, Eg, Kt, decay, P, A,
     o, initial, final, R, S_before,
-    starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row,
+    starts, ends, num_tokens, firsts, chunks_a_row, chunks_a_sequence,
+    span_firsts, spans_a_row, spans_a_sequence,
     HV, K, V,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr,
@@ -71,9 +72,9 @@ def forward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first, end_chunk = sequence_chunks(n, firsts, chunks_a_row, chunks_a_sequence)
     row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    first_span, _ = sequence_chunks(n, spans_a_row, spans)
+    first_span, _ = sequence_chunks(n, span_firsts, spans_a_row, spans_a_sequence)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
     wide = rows[:, None] * KP + dims[None, :]
@@ -122,7 +123,8 @@ def forward_states_kernel(
 def backward_states_kernel(
     do, Qg, Eg, Kt, decay, P, A, initial,
     d_final, d_initial, dR, dS_after, carried,
-    starts, ends, firsts, num_tokens, chunks_a_row, spans, spans_a_row,
+    starts, ends, num_tokens, firsts, chunks_a_row, chunks_a_sequence,
+    span_firsts, spans_a_row, spans_a_sequence,
     HV, K, V, dR_stride,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
@@ -132,9 +134,9 @@ def backward_states_kernel(
     sequence_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = sequence_head // HV, sequence_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first, end_chunk = sequence_chunks(n, firsts, chunks_a_row, chunks_a_sequence)
     row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
-    first_span, _ = sequence_chunks(n, spans_a_row, spans)
+    first_span, _ = sequence_chunks(n, span_firsts, spans_a_row, spans_a_sequence)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     in_state = (dims < K)[:, None] & (columns < V)[None, :]
     wide = rows[:, None] * KP + dims[None, :]

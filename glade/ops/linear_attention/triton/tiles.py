@@ -39,12 +39,18 @@ def chunk_tokens(m, num_tokens, chunks_a_row, starts, ends, C: tl.constexpr, PAC
 
 
 @triton.jit
-def sequence_chunks(n, chunks_a_row, firsts):
-    """The chunks of sequence n, or of a segment: first, end."""
-    if firsts is None:
+def sequence_chunks(n, firsts, chunks_a_row, chunks_a_sequence):
+    """The chunks of sequence n: first, end. It is a batch row, or a segment of one, of `chunks_a_sequence` chunks but
+    for a row's last; or as `firsts` has it."""
+    if firsts is not None:
+        first, end = tl.load(firsts + n), tl.load(firsts + n + 1)
+    elif chunks_a_sequence is None:
         first, end = n * chunks_a_row, (n + 1) * chunks_a_row
     else:
-        first, end = tl.load(firsts + n), tl.load(firsts + n + 1)
+        sequences_a_row = tl.cdiv(chunks_a_row, chunks_a_sequence)
+        row = n // sequences_a_row
+        first = row * chunks_a_row + (n - row * sequences_a_row) * chunks_a_sequence
+        end = tl.minimum(first + chunks_a_sequence, (row + 1) * chunks_a_row)
     return first, end
 
 
@@ -82,6 +88,18 @@ def load_rows(x, strides, rows, live, columns, num_columns):
     """[rows, columns] from the pointer x of `token_head`; zeros where there is no token or no column."""
     inside = (rows < live)[:, None] & (columns < num_columns)[None, :]
     return tl.load(x + rows[:, None] * strides[1] + columns[None, :] * strides[3], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_tile(x, strides, tiles, row, start, head, live, first, num_columns, R: tl.constexpr, W: tl.constexpr):
+    """x[row, start : start + R, head, first : first + W], zeros where there is no token or no column: by the
+    processor's copies of whole tiles where there is a descriptor of x, `tiles`, row by row where it is None."""
+    if tiles is None:
+        rows, columns = tl.arange(0, R), first + tl.arange(0, W)
+        tile = load_rows(token_head(x, strides, row, start, head), strides, rows, live, columns, num_columns)
+    else:
+        tile = tl.reshape(tiles.load([row, start, head, first]), [R, W])
+    return tile
 
 
 @triton.jit

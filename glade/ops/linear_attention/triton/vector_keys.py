@@ -127,7 +127,7 @@ def add_pairs(
 @triton.jit
 def vector_keys_kernel(
     q, k, g, erase, q_strides, k_strides, g_strides, erase_strides,
-    do, R, R_strides, dR, S_before, dS_after, dP, dT, carried,
+    S_tiles, dS_tiles, do, R, R_strides, dR, S_before, dS_after, dP, dT, carried,
     dq, dk, d_erase, dg,
     starts, ends, num_tokens, chunks_a_row, num_token_heads, scale,
     HV, GROUP, K, V, dq_stride, dk_stride,
@@ -205,8 +205,12 @@ def vector_keys_kernel(
         inside = (values < V)[:, None] & (rows < live)[None, :]
         at = values[:, None] + rows[None, :] * (HV * V)
         d_out = tl.load(do + at, mask=inside, other=0.0).to(DTYPE)
-        state_at = columns[:, None] * VP + values[None, :]
-        S, dS = tl.load(S_before + state_at), tl.load(dS_after + state_at)
+        if S_tiles is None:
+            state_at = columns[:, None] * VP + values[None, :]
+            S, dS = tl.load(S_before + state_at), tl.load(dS_after + state_at)
+        else:
+            state_row = (m * HV + head) * KP + block * BK
+            S, dS = S_tiles.load([state_row, first_v]), dS_tiles.load([state_row, first_v])
         # first, so that Triton lays the others' warps along tokens
         S_dS = tl.dot(S, tl.trans(dS), S_dS, input_precision=PRECISION)
         q_sum = tl.dot(S, d_out, q_sum, input_precision=PRECISION)

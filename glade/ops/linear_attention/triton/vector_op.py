@@ -24,6 +24,7 @@ from glade.ops.linear_attention.triton.launch import (
     constants,
     device_of,
     strides_of,
+    tiles_of,
 )
 from glade.ops.linear_attention.triton.prepare import prepare_kernel
 from glade.ops.linear_attention.triton.segments import what_segments_keep
@@ -98,7 +99,7 @@ def _forward_states(
     BV = call.value_block(launch, chunks, MULTIPROCESSORS)
     forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         v, write, *(strides_of(x) for x in (v, write)), write_rows,
-        Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks), spans.firsts, spans.a_row,
+        Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks), *call.in_sequence(spans),
         *constants(call.HV, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, WRITE=call.write,
@@ -144,7 +145,7 @@ def _backward_states(
     if programs == 0:
         return carried
     backward_states_kernel[(programs,)](
-        do, *kept[1:7], initial, d_final, d_state, dR, dS, carried, *call.along(chunks), spans.firsts, spans.a_row,
+        do, *kept[1:7], initial, d_final, d_state, dR, dS, carried, *call.along(chunks), *call.in_sequence(spans),
         *constants(call.HV, call.K, call.V, token_stride(dR)),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
         GATE=call.gate, ERASE=call.erase, INITIAL=d_state is not None, PACKED=call.packed, **call.types,
@@ -193,6 +194,7 @@ def _backward_keys(
         if call.gate == 2:
             vector_keys_kernel[(num_blocks * spans.count * call.HV,)](
                 q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
+                *(tiles_of(x.view(-1, call.VP), BK, given["BV"]) for x in (S, dS)),
                 *arguments, G_TYPE=TRITON_TYPE[call.sum_dtype], **given,
             )  # fmt: skip
         else:

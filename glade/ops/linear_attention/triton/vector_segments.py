@@ -30,7 +30,7 @@ def forward_segments_kernel(
     v, write, v_strides, write_strides, write_rows,
     Eg, Kt, decay, A,
     M, N,
-    starts, ends, firsts, num_tokens, chunks_a_row,
+    starts, ends, num_tokens, firsts, chunks_a_row, chunks_a_sequence,
     HV, V,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, NUM_BLOCKS: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, WRITE: tl.constexpr, PACKED: tl.constexpr,
@@ -39,7 +39,7 @@ def forward_segments_kernel(
     segment_head = tl.program_id(0) // NUM_BLOCKS
     block = tl.program_id(0) % NUM_BLOCKS
     n, head = segment_head // HV, segment_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first, end_chunk = sequence_chunks(n, firsts, chunks_a_row, chunks_a_sequence)
     row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, dims, columns = tl.arange(0, C), tl.arange(0, KP), block * BV + tl.arange(0, BV)
     wide = rows[:, None] * KP + dims[None, :]
@@ -77,7 +77,7 @@ def forward_segments_kernel(
 def backward_segments_kernel(
     do, Qg, Eg, Kt, decay, P, A,
     dN,
-    starts, ends, firsts, num_tokens, chunks_a_row,
+    starts, ends, num_tokens, firsts, chunks_a_row, chunks_a_sequence,
     HV, V,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, ERASE: tl.constexpr, PACKED: tl.constexpr,
@@ -86,7 +86,7 @@ def backward_segments_kernel(
     NUM_BLOCKS: tl.constexpr = VP // BV
     segment_head = tl.program_id(0) // NUM_BLOCKS
     n, head = segment_head // HV, segment_head % HV
-    first, end_chunk = sequence_chunks(n, chunks_a_row, firsts)
+    first, end_chunk = sequence_chunks(n, firsts, chunks_a_row, chunks_a_sequence)
     row, origin, end_token = sequence_tokens(first, end_chunk, num_tokens, chunks_a_row, starts, ends, C, PACKED)
     rows, dims = tl.arange(0, C), tl.arange(0, KP)
     columns = (tl.program_id(0) % NUM_BLOCKS) * BV + tl.arange(0, BV)

@@ -34,7 +34,7 @@ def states_before(
         GATE=call.gate, ERASE=call.erase, WRITE=call.write, PACKED=call.packed, **call.types,
         STAGES=launch.stages, **launch.options,
     )  # fmt: skip
-    return scan_segments(call, segments, M, N, initial, final, reverse=False)
+    return scan_segments(call, segments, M, N, None, initial, final, reverse=False)
 
 
 def gradients_after(call: Call, segments: Segments, do, d_final, d_initial, kept: list[Tensor]) -> Tensor:
@@ -49,4 +49,4 @@ def gradients_after(call: Call, segments: Segments, do, d_final, d_initial, kept
         GATE=call.gate, ERASE=call.erase, PACKED=call.packed, **call.types,
         STAGES=launch.stages, **launch.options,
     )  # fmt: skip
-    return scan_segments(call, segments, kept[9], dN, d_final, d_initial, reverse=True)
+    return scan_segments(call, segments, kept[9], dN, None, d_final, d_initial, reverse=True)
