@@ -263,7 +263,7 @@ def test_a_server_without_its_engine_is_not_healthy(start: Any) -> None:
 
 def test_the_metrics_add_up(start: Any) -> None:
     with start() as server, server.client() as client:
-        client.completions.create(model="base", prompt="abc", max_tokens=5)
+        client.completions.create(model="base", prompt="abc", max_tokens=5, extra_body={"ignore_eos": True})
         lines = httpx.get(server.url + "/metrics").text.splitlines()
         values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         label = '{model="base"}'
