@@ -250,17 +250,21 @@ def check_chunks_that_matter():
         tl.store(found, chunks_that_matter(fading, first, end, 1, 2, False))
         tl.store(found + 1, chunks_that_matter(fading, first, end, 1, 2, True))
 
-    def count(faded):
-        return max([i + 1 for i in range(len(faded)) if sum(faded[:i]) > -126], default=0)
+    def count(chunks):
+        return max(
+            [i + 1 for i, (_, grown) in enumerate(chunks) if sum(x for x, _ in chunks[:i]) + grown > -126], default=0
+        )
 
     generator = torch.Generator().manual_seed(0)
     for chunks, rate in ((0, 1.0), (1, 200.0), (7, 40.0), (150, 1.5), (150, 0.5), (64, 2.0)):
         faded = (-rate * torch.rand(chunks + 3, generator=generator)).double().round(decimals=2)
         faded[chunks // 2 + 1] = 100.0
-        table = torch.stack([torch.zeros_like(faded), faded], 1).float().contiguous()
+        grown = (30 * torch.rand(chunks + 3, generator=generator) ** 4).double().round(decimals=2)
+        of_head = torch.stack([faded, grown], 1)
+        table = torch.stack([torch.zeros_like(of_head), of_head], 1).float().contiguous()
         found = torch.zeros(2, dtype=torch.int32)
         kernel[(1,)](table, 2, 2 + chunks, found)
-        segment = faded[2 : 2 + chunks].tolist()
+        segment = of_head[2 : 2 + chunks].tolist()
         assert found.tolist() == [count(segment[::-1]), count(segment)], (chunks, rate)
 
 

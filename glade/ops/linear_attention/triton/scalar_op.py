@@ -49,7 +49,7 @@ def _between_kernels(call: Call, v: Tensor, num_chunks: int, num_spans: int, kee
     ]
     shapes, dtypes = rows + tiles, dtypes + [call.dtype] * len(tiles)
     empty = [v.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    fading = v.new_empty(M if call.gate and call.segment else 0, HV, dtype=torch.float32)
+    fading = v.new_empty(M if call.gate and call.segment else 0, HV, 2, dtype=torch.float32)
     reaches = v.new_empty(call.num_segments if call.gate and erased else 0, HV, dtype=torch.int32)
     return [*empty, fading, reaches, what_segments_keep(call, v)]
 

@@ -5,9 +5,10 @@ chunk (in their tensors a head's numbers lie HV apart), G as the running sum of 
 
     A = (I + tril(erase_r exp(G_r - G_c) k_r k_c, -1))^-1
 
-and, where sequences are cut into segments, the bound of what a state keeps over the chunk, as a log to base 2:
+and, where sequences are cut into segments, two bounds as logs to base 2: what is left after the chunk of a state before
+it, and to how much erasing may let a part of it grow there, from whichever of its tokens on:
 
-    fading = G_C + sum_r log max(1, |1 - erase_r |k_r|^2|)
+    grown = sum_r log max(1, |1 - erase_r |k_r|^2|)         faded = G_C + grown
 """
 
 # Triton need not be installed where there is no GPU
@@ -64,7 +65,7 @@ def scalar_prepare_kernel(
         logs = log2_decay(logs, G_TYPE)
         sums = tl.cumsum(logs, 0)
         tl.store(G + in_chunk, sums)
-        faded = tl.sum(logs, 0).to(tl.float32)
+        faded, grown = tl.sum(logs, 0).to(tl.float32), 0.0
     if WRITE == SCALAR:
         tl.store(write_rows + in_chunk, written.to(tl.float32))
     if ERASE != NONE:
@@ -72,7 +73,8 @@ def scalar_prepare_kernel(
         lower *= gate[:, None]
         if fading is not None:
             erased = tl.sum(tl.where(rows[:, None] == rows[None, :], lower, 0.0), 1)
-            faded += tl.sum(tl.log2(tl.maximum(tl.abs(1 - erased), 1.0)), 0)
+            grown = tl.sum(tl.log2(tl.maximum(tl.abs(1 - erased), 1.0)), 0)
+            faded += grown
         if GATE == SCALAR:
             lower *= pair_decay(sums, C)
         lower = tl.where(rows[:, None] > rows[None, :], lower, 0.0)
@@ -80,4 +82,5 @@ def scalar_prepare_kernel(
         inverse = unit_lower_inverse(lower, C, LEVELS, DTYPE, PRECISION)
         tl.store(A + tile * C * C + square, inverse.to(DTYPE))
     if fading is not None:
-        tl.store(fading + tile, faded)
+        tl.store(fading + tile * 2, faded)
+        tl.store(fading + tile * 2 + 1, grown)

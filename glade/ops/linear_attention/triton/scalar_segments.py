@@ -38,14 +38,17 @@ CHUNKS_AT_ONCE = tl.constexpr(64)
 
 @triton.jit
 def chunks_that_matter(fading, first, end, head, HV, REVERSE: tl.constexpr):
-    """How many chunks of a segment, counted from its end, or REVERSE from its beginning, have part in what is there."""
+    """How many chunks of a segment, counted from its end, or REVERSE from its beginning, have part in what is there:
+    with what may grow in them, and the chunks between leave of that."""
     among, matter, faded = tl.arange(0, CHUNKS_AT_ONCE), 0, 0.0
     for block in tl.range(0, end - first, CHUNKS_AT_ONCE):
         away = block + among
         m = first + away if REVERSE else end - 1 - away
-        logs = tl.load(fading + m.to(tl.int64) * HV + head, mask=away < end - first, other=0.0)
+        of_chunk = fading + (m.to(tl.int64) * HV + head) * 2
+        logs = tl.load(of_chunk, mask=away < end - first, other=0.0)
+        grown = tl.load(of_chunk + 1, mask=away < end - first, other=0.0)
         between = faded + tl.cumsum(logs, 0) - logs
-        reaches = (between > FADED) & (away < end - first)
+        reaches = (between + grown > FADED) & (away < end - first)
         matter = tl.maximum(matter, tl.max(tl.where(reaches, away + 1, 0), 0))
         faded += tl.sum(logs, 0)
     return matter
