@@ -94,9 +94,9 @@ def _forward_states(
         return
     launch = call.config.forward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
-    # a tile would reach into the next document
-    tiles = ((q, call.KP), (k, call.KP), (v, BV))
-    tiles = (None if call.packed else tiles_of(x, 1, call.chunk, 1, width) for x, width in tiles)
+    # of packed documents a tile would reach into the next one
+    widths = ((q, call.KP), (k, call.KP), (v, BV))
+    tiles = [None if call.packed else tiles_of(x, 1, call.chunk, 1, width) for x, width in widths]
     scalar_forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
         q, k, v, write, *(strides_of(x) for x in (q, k, v, write)), *tiles,
         *kept[:4], o, initial, final, *kept[4:7], *call.along(chunks), *call.in_sequence(spans), scale,

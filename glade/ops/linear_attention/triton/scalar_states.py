@@ -52,6 +52,12 @@ def kept_block_at(state, values, first, VP: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def written_at(span, chunk, rows, columns, VP: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr):
+    """Where R and dR^ of a chunk of its sequence are kept, [values, tokens]: by spans, each in one piece."""
+    return (span * SPAN + chunk % SPAN) * C * VP + columns[:, None] + rows[None, :] * VP
+
+
+@triton.jit
 def chunk_decays(G, tile, rows, C: tl.constexpr):
     """G [C], exp(G) [C], exp(G_C - G) [C] and exp(G_C), of a chunk's sums of logs."""
     sums = tl.load(G + tile * C + rows)
@@ -162,8 +168,7 @@ def scalar_forward_states_kernel(
         inside = (columns < V)[:, None] & (rows < live)[None, :]
         tl.store(o + first_value + token_values, out.to(o.dtype.element_ty), mask=inside)
         if KEEP and ERASE != NONE:
-            written = (span * SPAN + (m - first) % SPAN) * C * VP + columns[:, None] + rows[None, :] * VP
-            tl.store(R + written, r, mask=inside)
+            tl.store(R + written_at(span, m - first, rows, columns, VP, C, SPAN), r, mask=inside)
     if final is not None:
         tl.store(final + of_sequence + state_at, S, mask=in_state)
 
@@ -232,8 +237,7 @@ def scalar_backward_states_kernel(
             tl.store(dS_after + span * KP * VP + states, dS_low)
         if ERASE != NONE:
             z = tl.dot(z.to(DTYPE), tl.load(A + tile * C * C + square), input_precision=PRECISION)
-            written = (span * SPAN + (m - first) % SPAN) * C * VP + columns[:, None] + rows[None, :] * VP
-            tl.store(dR + written, z.to(DTYPE), mask=inside)
+            tl.store(dR + written_at(span, m - first, rows, columns, VP, C, SPAN), z.to(DTYPE), mask=inside)
 
         d_out = d_out.to(tl.float32) * scale
         if GATE == SCALAR:

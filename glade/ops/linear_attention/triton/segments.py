@@ -37,6 +37,13 @@ def matrix_blocks(M, dims, first, NUM: tl.constexpr, KP: tl.constexpr, BK: tl.co
 
 
 @triton.jit
+def tile_of_step(step, first, end, head, HV, REVERSE: tl.constexpr):
+    """Segment and head, as one number, of a step of the scan."""
+    segment = tl.zeros([], tl.int64) + (end - 1 - step if REVERSE else first + step)
+    return segment * HV + head
+
+
+@triton.jit
 def none_reaches(reaches, first, end, head, HV):
     """Whether nothing of the state before a segment is left after it, of all segments from `first` up to `end`."""
     among, reaching = tl.arange(0, SEGMENTS_AT_ONCE), 0
@@ -77,16 +84,15 @@ def scan_segments_kernel(
     without = 0  # steps that take no matrix: all or none, for a matrix under a condition could not be copied ahead
     if reaches is not None:
         without = tl.where(none_reaches(reaches, first, end, head, HV), end - first, 0)
+    made_at = columns[:, None] * KP + dims[None, :]
     for step in tl.range(0, without, num_stages=STAGES):
-        segment = tl.zeros([], tl.int64) + (end - 1 - step if REVERSE else first + step)
-        tile = segment * HV + head
-        made = tl.load(N + tile * VP * KP + columns[:, None] * KP + dims[None, :])
+        tile = tile_of_step(step, first, end, head, HV, REVERSE)
+        made = tl.load(N + tile * VP * KP + made_at)
         tl.store(states + tile * K * V + state_at, S, mask=in_state)
         S = made
     for step in tl.range(without, end - first, num_stages=STAGES):
-        segment = tl.zeros([], tl.int64) + (end - 1 - step if REVERSE else first + step)
-        tile = segment * HV + head
-        made = tl.load(N + tile * VP * KP + columns[:, None] * KP + dims[None, :])
+        tile = tile_of_step(step, first, end, head, HV, REVERSE)
+        made = tl.load(N + tile * VP * KP + made_at)
         if not MATRIX:
             tl.store(states + tile * K * V + state_at, S, mask=in_state)
             S = made + S * tl.load(M + tile * KP + dims)[None, :]
