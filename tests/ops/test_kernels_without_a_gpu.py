@@ -255,17 +255,20 @@ def check_chunks_that_matter():
             [i + 1 for i, (_, grown) in enumerate(chunks) if sum(x for x, _ in chunks[:i]) + grown > -126], default=0
         )
 
-    generator = torch.Generator().manual_seed(0)
+    generator, growth_counted = torch.Generator().manual_seed(0), False
     for chunks, rate in ((0, 1.0), (1, 200.0), (7, 40.0), (150, 1.5), (150, 0.5), (64, 2.0)):
         faded = (-rate * torch.rand(chunks + 3, generator=generator)).double().round(decimals=2)
         faded[chunks // 2 + 1] = 100.0
-        grown = (30 * torch.rand(chunks + 3, generator=generator) ** 4).double().round(decimals=2)
+        grown = (100 * torch.rand(chunks + 3, generator=generator) ** 4).double().round(decimals=2)
         of_head = torch.stack([faded, grown], 1)
         table = torch.stack([torch.zeros_like(of_head), of_head], 1).float().contiguous()
         found = torch.zeros(2, dtype=torch.int32)
         kernel[(1,)](table, 2, 2 + chunks, found)
         segment = of_head[2 : 2 + chunks].tolist()
         assert found.tolist() == [count(segment[::-1]), count(segment)], (chunks, rate)
+        but_for_growth = [(x, 0.0) for x, _ in segment]
+        growth_counted |= found.tolist() != [count(but_for_growth[::-1]), count(but_for_growth)]
+    assert growth_counted
 
 
 def register_interpreted():
