@@ -44,8 +44,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     arguments = parser.parse_args()
+    if not arguments.rows.is_file():
+        parser.error(
+            f"{arguments.rows} is no file; give one that bench/ops.py --out has written, as bench/results/*.csv"
+        )
     with arguments.rows.open() as file:
         rows = [row for row in csv.DictReader(file) if row["mode"] in MODES and row["shape"].endswith("H16 K128 V128")]
+    if not rows:
+        parser.error(f"{arguments.rows} has no times of 16 heads of 128, which is what is drawn")
     corners = list(dict.fromkeys(row["op"] for row in rows))
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["provider"] for row in rows))}
     figure, grid = pyplot.subplots(
@@ -59,9 +65,11 @@ def main() -> None:
         axes.set_ylabel("ms")
     handles = {name: pyplot.Rectangle((0, 0), 1, 1, color=colour) for name, colour in colours.items()}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-    device = rows[0]["device"] if rows else ""
+    device = rows[0]["device"]
     figure.suptitle(f"linear_attention, 32,768 tokens, 16 heads of 128, bf16, {device}; black: the bytes alone")
-    figure.savefig(ROOT / "docs/results" / f"{arguments.rows.stem}.png", dpi=110)
+    picture = ROOT / "docs/results" / f"{arguments.rows.stem}.png"
+    figure.savefig(picture, dpi=110)
+    print(picture)
 
 
 if __name__ == "__main__":
