@@ -128,6 +128,7 @@ def in_the_interpreter():
     for corner in (Corner("scalar", "vector", "none"), Corner("scalar", "scalar", "vector")):
         check_interpreted(corner, packed, cu_seqlens)
     check_interpreted(CORNERS["kda"], Shape(1, 33, 1, 1), dtype=torch.float16)
+    check_whole_tiles()
     check_interpreted_step()
     check_gradients_of_outputs_alone()
     # states kept at every second chunk only
@@ -235,6 +236,33 @@ def check_segments():
     check_interpreted(Corner("scalar", "scalar", "vector"), documents, cu_seqlens, segments=10, gate="extreme")
     for name in ("scalar-decay", "gla", "gdn2"):
         check_interpreted(CORNERS[name], documents, cu_seqlens, segments=10, gate="extreme")
+
+
+def check_whole_tiles():
+    """Copies of whole tiles: also of spans' tokens in the order that keys take them, where spans are whole; and that
+    what does not lie as they need it, or is packed, is loaded row by row."""
+    from glade.ops.linear_attention.triton import scalar_op, vector_op
+
+    made, tiles_of = [], vector_op.tiles_of
+
+    def noted(x, *tile):
+        made.append((len(tile), tiles_of(x, *tile)))
+        return made[-1][1]
+
+    def check(name, shape, axes, whole, cu_seqlens=None):
+        made.clear()
+        check_interpreted(CORNERS[name], shape, cu_seqlens)
+        assert {tiles is not None for n, tiles in made if n == axes} == whole, (name, shape)
+
+    vector_op.tiles_of = scalar_op.tiles_of = noted
+    for name in ("gla", "kda", "gdn2"):
+        check(name, Shape(B=2, T=64, H=1, HV=2, K=24, V=32), 5, {True})
+    check("gdn2", Shape(B=1, T=41, H=1, HV=2, K=24, V=32), 5, set())
+    check("gdn2", Shape(B=1, T=64, H=1, HV=2, K=24, V=24), 5, set())
+    check("gdn", Shape(B=2, T=41, H=1, HV=2, K=24, V=20), 4, {True})
+    check("gdn", Shape(B=1, T=41, H=1, HV=2, K=18, V=20), 4, {True, False})
+    check("gdn", Shape(B=1, T=41, H=1, HV=2, K=24, V=20), 4, set(), borders(3, 0, 37, 1))
+    vector_op.tiles_of = scalar_op.tiles_of = tiles_of
 
 
 def check_chunks_that_matter():

@@ -33,7 +33,6 @@ from glade.ops.linear_attention.triton.tiles import (
     SCALAR,
     VECTOR,
     chunk_tokens,
-    load_columns,
     log2_decay,
     split_logs,
     tile_of_program,
@@ -49,6 +48,20 @@ from glade.ops.linear_attention.triton.tiles import (
 def tokens_of_columns(C: tl.constexpr):
     column = tl.arange(0, C)
     return column // 8 % (C // 16) * 16 + column // (C // 2) * 8 + column % 8
+
+
+@triton.jit
+def load_values(
+    x, stride, tiles, m, head, rows, live, values, first, V, VP: tl.constexpr, C: tl.constexpr, BV: tl.constexpr
+):  # fmt: skip
+    """[value channels, tokens in the order of `tokens_of_columns`], of a span that begins at x or, where there is a
+    descriptor of `tokens_in_order`, of span m."""
+    if tiles is None:
+        inside = (values < V)[:, None] & (rows < live)[None, :]
+        tile = tl.load(x + values[:, None] + rows[None, :] * stride, mask=inside, other=0.0)
+    else:
+        tile = tl.trans(tl.reshape(tiles.load([m, 0, 0, 0, head * VP + first]), [C, BV]))
+    return tile
 
 
 @triton.jit
@@ -127,7 +140,7 @@ def add_pairs(
 @triton.jit
 def vector_keys_kernel(
     q, k, g, erase, q_strides, k_strides, g_strides, erase_strides,
-    S_tiles, dS_tiles, do, R, R_strides, dR, S_before, dS_after, dP, dT, carried,
+    S_tiles, dS_tiles, do_tiles, R_tiles, dR_tiles, do, R, R_strides, dR, S_before, dS_after, dP, dT, carried,
     dq, dk, d_erase, dg,
     starts, ends, num_tokens, chunks_a_row, num_token_heads, scale,
     HV, GROUP, K, V, dq_stride, dk_stride,
@@ -202,9 +215,7 @@ def vector_keys_kernel(
     S_dS = tl.zeros([BK, BK], tl.float32)
     for first_v in tl.range(0, VP, BV, num_stages=STAGES):
         values = first_v + tl.arange(0, BV)
-        inside = (values < V)[:, None] & (rows < live)[None, :]
-        at = values[:, None] + rows[None, :] * (HV * V)
-        d_out = tl.load(do + at, mask=inside, other=0.0).to(DTYPE)
+        d_out = load_values(do, HV * V, do_tiles, m, head, rows, live, values, first_v, V, VP, C, BV).to(DTYPE)
         if S_tiles is None:
             state_at = columns[:, None] * VP + values[None, :]
             S, dS = tl.load(S_before + state_at), tl.load(dS_after + state_at)
@@ -215,8 +226,9 @@ def vector_keys_kernel(
         S_dS = tl.dot(S, tl.trans(dS), S_dS, input_precision=PRECISION)
         q_sum = tl.dot(S, d_out, q_sum, input_precision=PRECISION)
         if ERASE != NONE:
-            e_sum = tl.dot(S, tl.load(dR + at, mask=inside, other=0.0), e_sum, input_precision=PRECISION)
-        r = load_columns(R, R_strides, rows, live, values, V).to(DTYPE)
+            dr = load_values(dR, HV * V, dR_tiles, m, head, rows, live, values, first_v, V, VP, C, BV)
+            e_sum = tl.dot(S, dr, e_sum, input_precision=PRECISION)
+        r = load_values(R, R_strides[1], R_tiles, m, head, rows, live, values, first_v, V, VP, C, BV).to(DTYPE)
         k_sum = tl.dot(dS, r, k_sum, input_precision=PRECISION)
 
     # The unit matrix times them: a product's registers, transposed, are the right side of another; these are symmetric.

@@ -14,6 +14,7 @@ No program adds to what another writes, so that a call gives the same bits each 
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts, token_stride
 from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
@@ -195,6 +196,7 @@ def _backward_keys(
             vector_keys_kernel[(num_blocks * spans.count * call.HV,)](
                 q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
                 *(tiles_of(x.view(-1, call.VP), BK, given["BV"]) for x in (S, dS)),
+                *(_tokens_in_order(call, x, size, given["BV"]) for x in (do, R, dR)),
                 *arguments, G_TYPE=TRITON_TYPE[call.sum_dtype], **given,
             )  # fmt: skip
         else:
@@ -210,3 +212,13 @@ def _backward_keys(
 def kept_like(q, k, v, g, erase, write, scale, state, cu_seqlens) -> list[Tensor]:
     call = Call(q, v, g, erase, write, cu_seqlens)
     return _between_kernels(call, v, *call.counts(v, cu_seqlens), keep=True)
+
+
+def _tokens_in_order(call: Call, x: Tensor, size: int, BV: int) -> TensorDescriptor | None:
+    """Tiles of spans whose tokens come in the order of `tokens_of_columns`, a view of five axes; None where spans are
+    not whole, or do not lie one behind the other, or a head has fewer channels than tiles."""
+    whole = not call.packed and call.T % size == 0 and call.V == call.VP
+    if not whole or x.stride(0) != call.T * x.stride(1) or x.stride(2) != call.V:
+        return None
+    token, shape = x.stride(1), (call.B * call.T // size, 2, size // 16, 8, call.HV * call.V)
+    return tiles_of(x.as_strided(shape, (size * token, 8 * token, 16 * token, token, 1)), 1, 2, size // 16, 8, BV)
