@@ -28,13 +28,8 @@ def test_the_kernels_compile(without_a_gpu):
     without_a_gpu(compile_kernels)
 
 
-def compile_kernels():
+def hopper():
     from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from glade.ops.linear_attention.triton.assembler import choose_assembler
-    from glade.ops.linear_attention.triton.op import backward, forward
 
     class Hopper:
         """As much of Triton's driver as a compile asks for."""
@@ -51,6 +46,16 @@ def compile_kernels():
         def get_active_torch_device(self):
             return torch.device("cpu")
 
+    return Hopper()
+
+
+def compile_kernels():
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from glade.ops.linear_attention.triton.assembler import choose_assembler
+    from glade.ops.linear_attention.triton.op import backward, forward
+
     compiled, waiting, shared_bytes = [], {}, {}
 
     def compile_only(kernel, *args, grid, warmup, **named):
@@ -63,7 +68,7 @@ def compile_kernels():
         waiting[name] = loads_in_loops_that_copy_ahead(made.asm["ttgir"])
         shared_bytes[name] = made.metadata.shared
 
-    driver.set_active(Hopper())
+    driver.set_active(hopper())
     choose_assembler()
     launch, JITFunction.run = JITFunction.run, compile_only
 
@@ -91,6 +96,74 @@ def compile_kernels():
         assert all(abs(of_rows[x] - shared_bytes[x]) < 512 for x in passes), (name, of_rows, shared_bytes)
     check(Corner("scalar", "vector", "none"), USUAL)  # a kernel of its own for its keys
     check(CORNERS["gdn2"], USUAL, torch.float32)
+
+
+def test_launches_of_a_kind_are_what_triton_makes_of_them(without_a_gpu):
+    without_a_gpu(launch_again)
+
+
+def launch_again():
+    """The second call of a kind launches the same kernels with the same arguments, by way of `start` alone; one whose v
+    begins elsewhere is another kind. Nothing runs."""
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from glade.ops.linear_attention.triton.assembler import choose_assembler
+    from glade.ops.linear_attention.triton.op import backward, forward
+
+    by_triton, launched = [], []
+
+    def run(kernel, *args, **named):
+        by_triton.append(kernel.fn.__name__)
+        return run_of_triton(kernel, *args, **named)
+
+    def have_handles(kernel):
+        kernel.function = 0
+
+        def note(x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
+            launched.append((kernel, (x, y, z), args))
+
+        kernel._run = note
+
+    driver.set_active(hopper())
+    choose_assembler()
+    CompiledKernel._init_handles = have_handles
+    run_of_triton, JITFunction.run = JITFunction.run, run
+
+    def call(corner, shape, lengths=None, first=0):
+        launched.clear()
+        by_triton.clear()
+        cu_seqlens = None if lengths is None else borders(*lengths)
+        x = make_inputs(corner, shape, dtype=torch.bfloat16, cu_seqlens=cu_seqlens)
+        elsewhere = torch.empty(x["v"].numel() + first, dtype=torch.bfloat16)[first:].view_as(x["v"])
+        inputs = (x["q"], torch.nn.Parameter(x["k"]), elsewhere, x["g"], x["erase"], x["write"])
+        o, final, *kept = forward(*inputs, 1.0, x["state"], cu_seqlens, True)
+        backward(torch.empty_like(o), torch.zeros_like(final), *inputs, 1.0, x["state"], cu_seqlens, kept)
+        return list(launched), list(by_triton)
+
+    def like(x):
+        if isinstance(x, torch.Tensor):
+            return x.dtype, x.shape, x.stride()
+        return [like(y) for y in x] if isinstance(x, tuple) else getattr(x, "value", getattr(x, "block_shape", x))
+
+    with torch.no_grad():
+        for name, shape, lengths in (
+            ("gdn", USUAL, None),
+            ("kda", USUAL, None),
+            ("gdn2", LONG, None),
+            ("gdn", DOCUMENTS, (3, 0, 137, 1, 159)),
+        ):
+            first, through_triton = call(CORNERS[name], shape, lengths)
+            assert 4 <= len(through_triton) <= len(first)  # a call may launch a kind twice
+            again, through_triton = call(CORNERS[name], shape, lengths)
+            assert not through_triton
+            assert [x[:2] for x in again] == [x[:2] for x in first]
+            for (_, _, args), (_, _, before) in zip(again, first, strict=True):
+                assert [like(x) for x in args] == [like(x) for x in before]
+            other, through_triton = call(CORNERS[name], shape, lengths, first=1)
+            assert through_triton
+            assert [x[0] for x in other] != [x[0] for x in first]
 
 
 def loads_in_loops_that_copy_ahead(ttgir):

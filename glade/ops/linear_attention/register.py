@@ -12,7 +12,7 @@ there are many tokens: what it needs, and what it computes on the way, is then t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -44,8 +44,10 @@ def recomputing(on: bool = True) -> Iterator[None]:
         _recompute = before
 
 
-def _exactly(x: Tensor) -> torch.autocast:
+def _exactly(x: Tensor) -> AbstractContextManager:
     """The body of a custom op sees its caller's autocast, which would round the fp32 arithmetic within to bf16."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -4,7 +4,6 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -37,7 +36,7 @@ class Call:
         self.B, self.T, self.HV, self.V = v.shape
         self.H, self.K = q.shape[2:]
         self.gate, self.erase, self.write = (kind_of(x, 4) for x in (g, erase, write))
-        self.KP, self.VP = (max(16, triton.next_power_of_2(n)) for n in (self.K, self.V))
+        self.KP, self.VP = (max(16, 1 << (n - 1).bit_length()) for n in (self.K, self.V))  # powers of two
         self.config, numbers = config_for(
             (self.gate, self.erase, self.write), v.dtype, self.T, self.KP, self.VP, v.device
         )

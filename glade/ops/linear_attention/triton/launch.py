@@ -103,6 +103,7 @@ def kind_of(gate: Tensor | None, num_axes: int) -> int:
     return 0 if gate is None else 1 + (gate.dim() == num_axes)
 
 
+@cache
 def constants(*numbers: int) -> tuple:
     """Numbers that a kernel is compiled for. A model does not change them, and with them the addresses of a tile are
     one register and fixed distances: without, registers spill."""
@@ -111,14 +112,19 @@ def constants(*numbers: int) -> tuple:
 
 @cache
 def _constant(number: int) -> tl.constexpr:
-    """The same object each time: Triton compares a launch's arguments with those of launches before, and is done with
-    an object that is the same."""
+    """The same object each time: `start` and Triton compare a launch's arguments with those of launches before, and are
+    done with an object that is the same."""
     return tl.constexpr(number)
 
 
 def strides_of(x: Tensor | None) -> tuple:
     """Strides as a kernel takes them: that of the batch a number, the others constants."""
-    return () if x is None else (x.stride(0), *constants(*x.stride()[1:]))
+    return () if x is None else _strides(*x.stride())
+
+
+@cache
+def _strides(batch: int, *others: int) -> tuple:
+    return (batch, *constants(*others))
 
 
 def tiles_of(x: Tensor, *tile: int) -> TensorDescriptor | None:
@@ -136,4 +142,6 @@ def tiles_of(x: Tensor, *tile: int) -> TensorDescriptor | None:
 
 def device_of(x: Tensor) -> AbstractContextManager:
     """Launches go to the current device, which need not be x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)

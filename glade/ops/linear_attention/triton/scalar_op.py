@@ -24,6 +24,7 @@ from glade.ops.linear_attention.triton.launch import (
     strides_of,
     tiles_of,
 )
+from glade.ops.linear_attention.triton.launcher import start
 from glade.ops.linear_attention.triton.scalar_keys import scalar_keys_kernel
 from glade.ops.linear_attention.triton.scalar_prepare import scalar_prepare_kernel
 from glade.ops.linear_attention.triton.scalar_split import gradients_after, states_before
@@ -76,7 +77,8 @@ def _prepare(call: Call, chunks: Chunks, k, g, erase, write, kept: list[Tensor])
     if chunks.count == 0 or not (call.gate or call.erase or call.write == 1):
         return
     launch = call.config.prepare
-    scalar_prepare_kernel[(chunks.count * call.HV,)](
+    start(
+        scalar_prepare_kernel, chunks.count * call.HV,
         k, g, erase, write, *(strides_of(x) for x in (k, g, erase, write)),
         *kept[:4], kept[7] if kept[7].numel() > 0 else None, *call.where(chunks),
         *constants(call.HV, call.group, call.K),
@@ -97,7 +99,8 @@ def _forward_states(
     # of packed documents a tile would reach into the next one
     widths = ((q, call.KP), (k, call.KP), (v, BV))
     tiles = [None if call.packed else tiles_of(x, 1, call.chunk, 1, width) for x, width in widths]
-    scalar_forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
+    start(
+        scalar_forward_states_kernel, call.VP // BV * chunks.sequences * call.HV,
         q, k, v, write, *(strides_of(x) for x in (q, k, v, write)), *tiles,
         *kept[:4], o, initial, final, *kept[4:7], *call.along(chunks), *call.in_sequence(spans), scale,
         *constants(call.HV, call.group, call.K, call.V),
@@ -139,7 +142,8 @@ def _backward_states(
     d_write = call.gradient_in_parts(write, call.VP // 16)
     programs = blocks * chunks.sequences * call.HV
     if programs > 0:
-        scalar_backward_states_kernel[(programs,)](
+        start(
+            scalar_backward_states_kernel, programs,
             do, q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),
             *kept[:4], kept[6], d_final, d_state, dv, d_write, dR, dS, *call.along(chunks),
             *call.in_sequence(spans), call.num_token_heads, scale,
@@ -158,7 +162,8 @@ def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scal
     dg, d_erase = call.gradient_in_parts(g, 1), call.gradient_in_parts(erase, 1)
     if spans.count > 0:
         R, S = kept[4:6]
-        scalar_keys_kernel[(spans.count * call.HV,)](
+        start(
+            scalar_keys_kernel, spans.count * call.HV,
             q, k, v, g, erase, write, *(strides_of(x) for x in (q, k, v, g, erase, write)),
             do, R, dR, S, dS, dq, dk, d_erase, dg,
             *call.where(spans), scale,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glade.ops.linear_attention.triton.call import FEW_PROGRAMS, Call
 from glade.ops.linear_attention.triton.launch import Segments, constants, strides_of
+from glade.ops.linear_attention.triton.launcher import start
 from glade.ops.linear_attention.triton.scalar_segments import (
     scalar_backward_segments_kernel,
     scalar_forward_segments_kernel,
@@ -26,7 +27,8 @@ def states_before(call: Call, segments: Segments, k, v, write, initial, final: T
     launch = call.config.forward
     BV = call.value_block(launch, segments.chunks, FEW_PROGRAMS)
     blocks = blocks_of_both(call, BV)
-    scalar_forward_segments_kernel[(blocks * segments.chunks.sequences * call.HV,)](
+    start(
+        scalar_forward_segments_kernel, blocks * segments.chunks.sequences * call.HV,
         k, v, write, *(strides_of(x) for x in (k, v, write)),
         *kept[:4], kept[7], M, N, reaches, *call.along(segments.chunks),
         *constants(call.HV, call.group, call.K, call.V),
@@ -43,7 +45,8 @@ def gradients_after(call: Call, segments: Segments, do, q, k, scale: float, d_fi
     dN = of_segments(call, do, call.VP, call.KP)
     launch = call.config.backward
     BV = call.value_block(launch, segments.chunks, FEW_PROGRAMS)
-    scalar_backward_segments_kernel[(call.VP // BV * segments.chunks.sequences * call.HV,)](
+    start(
+        scalar_backward_segments_kernel, call.VP // BV * segments.chunks.sequences * call.HV,
         do, q, k, *(strides_of(x) for x in (q, k)),
         G, erase_rows, A, kept[7], dN, *call.along(segments.chunks), scale,
         *constants(call.HV, call.group, call.K, call.V),

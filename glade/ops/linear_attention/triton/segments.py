@@ -16,6 +16,7 @@ from torch import Tensor
 from glade.ops.linear_attention.triton.call import Call
 from glade.ops.linear_attention.triton.configs import WIDE
 from glade.ops.linear_attention.triton.launch import Segments, constants
+from glade.ops.linear_attention.triton.launcher import start
 from glade.ops.linear_attention.triton.tiles import sequence_chunks
 
 SCANNED_BLOCK = 16  # value channels of a program of the scan: the fewest that a product takes
@@ -145,7 +146,8 @@ def scan_segments(
     """What `scan_segments_kernel` calls states."""
     states = of_segments(call, N, call.K, call.V)
     by_blocks = call.KP > LARGEST_AT_ONCE
-    scan_segments_kernel[(call.VP // SCANNED_BLOCK * segments.whole.sequences * call.HV,)](
+    start(
+        scan_segments_kernel, call.VP // SCANNED_BLOCK * segments.whole.sequences * call.HV,
         M, N, reaches, given, states, last, segments.whole.firsts, segments.whole.a_row,
         *constants(call.HV, call.K, call.V),
         KP=call.KP, VP=call.VP, BV=SCANNED_BLOCK, BK=min(call.KP, 32),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.launch import device_of
+from glade.ops.linear_attention.triton.launcher import start
 
 COLUMNS = 8  # of a program, at least: 32 bytes, the least that memory hands out; so there are many programs
 ROWS = 1024  # parts that a program reads at once
@@ -37,11 +38,12 @@ def sum_of_programs(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     if len(parts) == 0:
         return sums.zero_()
     if sums.numel() > 0:
-        R = min(ROWS, triton.next_power_of_2(len(parts)))
+        R = min(ROWS, 1 << (len(parts) - 1).bit_length())
         many = sums.numel() * R >= MANY_PROGRAMS * LARGE_TILE
         BC = max(COLUMNS, (LARGE_TILE if many else TILE) // R)
         with device_of(parts):
-            sum_kernel[(triton.cdiv(sums.numel(), BC),)](
-                parts, sums, len(parts), sums.numel(), R=R, BC=BC, num_warps=8 if R > 256 else 4
-            )
+            start(
+                sum_kernel, -(-sums.numel() // BC),
+                parts, sums, len(parts), sums.numel(), R=R, BC=BC, num_warps=8 if R > 256 else 4,
+            )  # fmt: skip
     return sums

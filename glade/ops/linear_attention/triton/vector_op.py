@@ -27,6 +27,7 @@ from glade.ops.linear_attention.triton.launch import (
     strides_of,
     tiles_of,
 )
+from glade.ops.linear_attention.triton.launcher import start
 from glade.ops.linear_attention.triton.prepare import prepare_kernel
 from glade.ops.linear_attention.triton.segments import what_segments_keep
 from glade.ops.linear_attention.triton.states import backward_states_kernel, forward_states_kernel
@@ -79,7 +80,8 @@ def _prepare(
     launch = call.config.prepare
     # of a vector gate only this kernel reads G
     G = kept[0] if call.gate < 2 else kept[0].new_empty(*kept[3].shape)
-    prepare_kernel[(chunks.count * call.HV,)](
+    start(
+        prepare_kernel, chunks.count * call.HV,
         q, k, g, erase, write, *(strides_of(x) for x in (q, k, g, erase, write)),
         G, *kept[1:7], write_rows, *call.where(chunks), scale,
         *constants(call.HV, call.group, call.K),
@@ -98,7 +100,8 @@ def _forward_states(
     _, Qg, Eg, Kt, decay, P, A, R, S, _ = kept
     launch = call.config.forward
     BV = call.value_block(launch, chunks, MULTIPROCESSORS)
-    forward_states_kernel[(call.VP // BV * chunks.sequences * call.HV,)](
+    start(
+        forward_states_kernel, call.VP // BV * chunks.sequences * call.HV,
         v, write, *(strides_of(x) for x in (v, write)), write_rows,
         Qg, Eg, Kt, decay, P, A, o, initial, final, R, S, *call.along(chunks), *call.in_sequence(spans),
         *constants(call.HV, call.K, call.V),
@@ -145,7 +148,8 @@ def _backward_states(
     programs = blocks * chunks.sequences * call.HV
     if programs == 0:
         return carried
-    backward_states_kernel[(programs,)](
+    start(
+        backward_states_kernel, programs,
         do, *kept[1:7], initial, d_final, d_state, dR, dS, carried, *call.along(chunks), *call.in_sequence(spans),
         *constants(call.HV, call.K, call.V, token_stride(dR)),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk, SPAN=call.span,
@@ -159,7 +163,8 @@ def _backward_values(call: Call, spans: Chunks, do, v, write, scale, R, dR, dv, 
     if spans.count == 0:
         return
     launch = call.config.values
-    values_backward_kernel[(call.span * spans.count * call.HV,)](
+    start(
+        values_backward_kernel, call.span * spans.count * call.HV,
         v, write, *(strides_of(x) for x in (v, write)),
         do, R, strides_of(R), dR, dv, d_write, dP, dT, *call.where(spans), scale,
         *constants(call.HV, call.V, token_stride(dv)),
@@ -193,7 +198,8 @@ def _backward_keys(
             STAGES=launch.stages, **launch.options,
         )  # fmt: skip
         if call.gate == 2:
-            vector_keys_kernel[(num_blocks * spans.count * call.HV,)](
+            start(
+                vector_keys_kernel, num_blocks * spans.count * call.HV,
                 q, k, g, erase, *(strides_of(x) for x in (q, k, g, erase)),
                 *(tiles_of(x.view(-1, call.VP), BK, given["BV"]) for x in (S, dS)),
                 *(_tokens_in_order(call, x, size, given["BV"]) for x in (do, R, dR)),
@@ -201,7 +207,8 @@ def _backward_keys(
             )  # fmt: skip
         else:
             assert call.span == 1
-            keys_backward_kernel[(num_blocks * spans.count * call.HV,)](
+            start(
+                keys_backward_kernel, num_blocks * spans.count * call.HV,
                 q, k, erase, *(strides_of(x) for x in (q, k, erase)), G, decay,
                 *arguments, GATE=call.gate, **given,
             )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 from glade.ops.linear_attention.triton.call import Call
 from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
 from glade.ops.linear_attention.triton.launch import Segments, constants, strides_of
+from glade.ops.linear_attention.triton.launcher import start
 from glade.ops.linear_attention.triton.segments import blocks_of_both, of_segments, scan_segments
 from glade.ops.linear_attention.triton.vector_segments import backward_segments_kernel, forward_segments_kernel
 
@@ -26,7 +27,8 @@ def states_before(
     launch = call.config.forward
     BV = call.value_block(launch, segments.chunks, MULTIPROCESSORS)
     blocks = blocks_of_both(call, BV)
-    forward_segments_kernel[(blocks * segments.chunks.sequences * call.HV,)](
+    start(
+        forward_segments_kernel, blocks * segments.chunks.sequences * call.HV,
         v, write, *(strides_of(x) for x in (v, write)), write_rows,
         Eg, Kt, decay, A, M, N, *call.along(segments.chunks),
         *constants(call.HV, call.V),
@@ -42,7 +44,8 @@ def gradients_after(call: Call, segments: Segments, do, d_final, d_initial, kept
     dN = of_segments(call, do, call.VP, call.KP)
     launch = call.config.backward
     BV = call.value_block(launch, segments.chunks, MULTIPROCESSORS)
-    backward_segments_kernel[(call.VP // BV * segments.chunks.sequences * call.HV,)](
+    start(
+        backward_segments_kernel, call.VP // BV * segments.chunks.sequences * call.HV,
         do, *kept[1:7], dN, *call.along(segments.chunks),
         *constants(call.HV, call.V),
         KP=call.KP, VP=call.VP, BV=BV, C=call.chunk,
