@@ -91,6 +91,32 @@ def test_head_dims(backend, corner, dims, dtype):
     assert not failures(found, dtype), found
 
 
+# Where spans are whole, keys read values by copies of whole tiles.
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", [(16, 16), (64, 32), (128, 128), (64, 256)], ids=str)
+@pytest.mark.parametrize("corner", CORNERS)
+def test_whole_spans(corner, dims, dtype):
+    found = errors(inputs_of(corner, Shape(2, 128, 2, 4, *dims), dtype=dtype), "triton")
+    assert not failures(found, dtype), found
+
+
+@gpu
+@pytest.mark.parametrize("T", [100, 128])
+@pytest.mark.parametrize("corner", ["gdn", "kda", "gla"])
+def test_slices_of_one_tensor(corner, T):
+    """As a joint projection gives them: the same bits as from tensors of their own."""
+    inputs = inputs_of(corner, Shape(2, T, 2, 2, 64, 64), dtype=torch.bfloat16)
+    names = ("q", "k", "v")
+    joint = torch.stack([inputs[name] for name in names], 2).requires_grad_()
+    own = [inputs[name].requires_grad_() for name in names]
+    outputs = [call(inputs, "triton", **dict(zip(names, x, strict=True)))[0] for x in (joint.unbind(2), own)]
+    weights = torch.randn_like(outputs[0])
+    (of_joint,) = torch.autograd.grad(outputs[0], joint, weights)
+    of_own = torch.autograd.grad(outputs[1], own, weights)
+    assert torch.equal(*outputs) and torch.equal(of_joint, torch.stack(of_own, 2))
+
+
 @gpu
 @over_backends
 @pytest.mark.parametrize("num_heads", [1, 16], ids=["few heads", "many heads"])
