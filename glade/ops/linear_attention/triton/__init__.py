@@ -2,6 +2,7 @@
 
     op                  which of the two sets of kernels serves a call
     call, launch        what every launch needs
+    launcher            launches that the host is soon done with
     configs             block sizes: rows of table.json
     tiles               what the kernels share
     assembler           which ptxas turns them into machine code
