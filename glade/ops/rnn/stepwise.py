@@ -32,11 +32,17 @@ class _Plan(NamedTuple):
 
 def _plan(x: Tensor, cu_seqlens: Tensor | None) -> _Plan:
     B, T, _ = x.shape
-    if cu_seqlens is None:
-        borders = [row * T for row in range(B + 1)]
-    else:
-        borders = document_borders(cu_seqlens, T)
-    border = torch.tensor(borders)
+    return _plan_of_rows(B, T, x.device) if cu_seqlens is None else _plan_of_documents(T, cu_seqlens, x.device)
+
+
+def _plan_of_rows(B: int, T: int, device: torch.device) -> _Plan:
+    """Made where it is used, since nothing may be copied there from the host while a decode step is recorded."""
+    row, step = torch.arange(B, device=device), torch.arange(T, device=device)[:, None]
+    return _Plan(row, (row * T + step).flatten(), [B] * T, torch.arange(B * T, device=device), row + B * T)
+
+
+def _plan_of_documents(num_tokens: int, cu_seqlens: Tensor, device: torch.device) -> _Plan:
+    border = torch.tensor(document_borders(cu_seqlens, num_tokens))
     starts, lengths = border[:-1], border.diff()
     order = lengths.argsort(descending=True, stable=True)
     starts, lengths = starts[order], lengths[order]
@@ -49,7 +55,6 @@ def _plan(x: Tensor, cu_seqlens: Tensor | None) -> _Plan:
     column = torch.arange(N).expand(longest, N)
     row_before = torch.cat([torch.zeros(1, dtype=torch.int64), offset[:-1] + N])[: len(rows), None] + column
     row_last = torch.cat([torch.zeros(1, dtype=torch.int64), offset + N])[lengths] + torch.arange(N)
-    device = x.device
     return _Plan(
         order.to(device),
         (starts + step)[exists].to(device),
