@@ -17,6 +17,7 @@ USUAL = Shape(2, 130, 2, 4, 128, 64)
 SHORT = Shape(1, 17, 2, 2, 24, 40)
 DOCUMENTS = Shape(1, 300, 2, 4, 128, 128)
 LONG = Shape(1, 4099, 1, 2, 64, 64)  # in segments
+WHOLE = Shape(16, 128, 2, 8, 64, 128)  # whole spans in programs enough: for the kernels in Gluon, on sm_90
 
 
 def borders(*lengths):
@@ -96,6 +97,38 @@ def compile_kernels():
         assert all(abs(of_rows[x] - shared_bytes[x]) < 512 for x in passes), (name, of_rows, shared_bytes)
     check(Corner("scalar", "vector", "none"), USUAL)  # a kernel of its own for its keys
     check(CORNERS["gdn2"], USUAL, torch.float32)
+    compile_kernels_in_gluon(check, shared_bytes)
+
+
+def has_gluon(x):
+    """As it is known here: of the versions that the kernels compile with, a GPU has seen the first."""
+    import triton
+
+    return triton.__version__.startswith(("3.6.", "3.7."))
+
+
+def compile_kernels_in_gluon(check, shared_bytes):
+    from glade.ops.linear_attention.triton.hopper import launches
+
+    scalar = {f"hopper_scalar_{name}_kernel" for name in ("forward", "backward", "keys")}
+    vector = {f"hopper_vector_{name}_kernel" for name in ("forward", "backward")}
+    launches.on_sm_90 = has_gluon
+    if not has_gluon(None):
+        return
+    for corner, kernels in (
+        (CORNERS["gdn"], scalar),
+        (CORNERS["delta"], scalar),
+        (Corner("scalar", "scalar", "none"), scalar),
+        (CORNERS["gla"], vector),
+        (CORNERS["kda"], vector),
+        (CORNERS["gdn2"], vector),
+    ):
+        for shape in (WHOLE, WHOLE._replace(K=128), WHOLE._replace(B=32, V=64)):
+            shared_bytes.clear()
+            check(corner, shape, given_state=corner.g != "vector")
+            assert kernels <= shared_bytes.keys(), (corner, shape, shared_bytes.keys())
+            if kernels is scalar:  # two programs share a processor, which keeps 1 KB of each to itself
+                assert all(2 * (shared_bytes[name] + 1024) <= 228 * 1024 for name in kernels), shared_bytes
 
 
 def test_launches_of_a_kind_are_what_triton_makes_of_them(without_a_gpu):
@@ -110,9 +143,11 @@ def launch_again():
     from triton.runtime.jit import JITFunction
 
     from glade.ops.linear_attention.triton.assembler import choose_assembler
+    from glade.ops.linear_attention.triton.hopper import launches
     from glade.ops.linear_attention.triton.op import backward, forward
 
     by_triton, launched = [], []
+    launches.on_sm_90 = has_gluon
 
     def run(kernel, *args, **named):
         by_triton.append(kernel.fn.__name__)
@@ -153,6 +188,8 @@ def launch_again():
             ("kda", USUAL, None),
             ("gdn2", LONG, None),
             ("gdn", DOCUMENTS, (3, 0, 137, 1, 159)),
+            ("gdn", WHOLE, None),
+            ("gdn2", WHOLE, None),
         ):
             first, through_triton = call(CORNERS[name], shape, lengths)
             assert 4 <= len(through_triton) <= len(first)  # a call may launch a kind twice

@@ -24,6 +24,8 @@ where both are scalar or absent (`scalar_op`): no gated copies, less memory move
     scalar_keys         4  gradients of q, k, erase and g
     scalar_split        long sequences in segments: launches scalar_segments
 
+and on sm_90, in the place of `states`, `scalar_states` and `scalar_keys` where it serves a call, `hopper`, in Gluon.
+
 Triton comes with torch's CUDA builds, and is imported with those only.
 """
 

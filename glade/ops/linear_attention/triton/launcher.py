@@ -26,6 +26,10 @@ def _of_tensor(x: Tensor) -> tuple:
     return x.dtype, x.data_ptr() % 16 == 0
 
 
+def of_tiles(x: Any) -> tuple:
+    return x.base.dtype, *x.block_shape
+
+
 def _of_other(x: Any) -> Any:
     if isinstance(x, Tensor):  # a parameter
         return _of_tensor(x)
@@ -35,7 +39,7 @@ def _of_other(x: Any) -> Any:
 
 KIND = {
     Tensor: _of_tensor,
-    TensorDescriptor: lambda x: (x.base.dtype, *x.block_shape),
+    TensorDescriptor: of_tiles,
     float: lambda x: float,
     tuple: id,  # of `strides_of`
     tl.constexpr: id,  # of `constants`
@@ -46,7 +50,7 @@ _kernels: dict[tuple, tuple[Any, tuple[str, ...]]] = {}
 
 def start(kernel: Any, programs: int, *arguments: Any, **named: Any) -> None:
     """kernel[(programs,)](*arguments, **named); `arguments` are the kernel's first parameters."""
-    if type(kernel) is not JITFunction:  # interpreted
+    if not isinstance(kernel, JITFunction):  # interpreted
         kernel[(programs,)](*arguments, **named)
         return
     kinds = [KIND.get(type(x), _of_other)(x) for x in (*arguments, *named.values())]

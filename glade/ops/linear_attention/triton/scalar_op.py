@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from glade.ops.linear_attention.triton.call import FEW_PROGRAMS, TRITON_TYPE, Call, sum_of_parts, token_stride
+from glade.ops.linear_attention.triton.hopper import launches as hopper
 from glade.ops.linear_attention.triton.launch import (
     Chunks,
     chunks_of,
@@ -94,6 +95,9 @@ def _forward_states(
 ) -> None:
     if final is not None and final.numel() == 0:
         return
+    if hopper.serves_scalar_states(call, chunks, q, k, v):
+        hopper.scalar_forward_states(call, chunks, spans, q, k, v, scale, initial, o, final, kept, keep)
+        return
     launch = call.config.forward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     # of packed documents a tile would reach into the next one
@@ -136,10 +140,15 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
 def _backward_states(
     call: Call, chunks: Chunks, spans: Chunks, do, q, k, v, write, scale, d_final, d_state, dv, dR, dS, kept
 ):
+    d_write = call.gradient_in_parts(write, call.VP // 16)
+    if hopper.serves_scalar_states(call, chunks, q, k, v, do):
+        hopper.scalar_backward_states(
+            call, chunks, spans, do, q, k, v, scale, d_final, d_state, dv, d_write, dR, dS, kept
+        )
+        return sum_of_parts(d_write, write)
     launch = call.config.backward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     blocks = call.VP // BV
-    d_write = call.gradient_in_parts(write, call.VP // 16)
     programs = blocks * chunks.sequences * call.HV
     if programs > 0:
         start(
@@ -160,7 +169,9 @@ def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scal
     launch = call.config.keys
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
     dg, d_erase = call.gradient_in_parts(g, 1), call.gradient_in_parts(erase, 1)
-    if spans.count > 0:
+    if hopper.serves_scalar_keys(call, q, k, do):
+        hopper.scalar_keys(call, spans, do, q, k, scale, dR, dS, kept, dq, dk, d_erase, dg)
+    elif spans.count > 0:
         R, S = kept[4:6]
         start(
             scalar_keys_kernel, spans.count * call.HV,

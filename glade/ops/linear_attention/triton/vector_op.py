@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glade.ops.linear_attention.triton.call import TRITON_TYPE, Call, sum_of_parts, token_stride
 from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS
+from glade.ops.linear_attention.triton.hopper import launches as hopper
 from glade.ops.linear_attention.triton.keys_backward import keys_backward_kernel
 from glade.ops.linear_attention.triton.launch import (
     Chunks,
@@ -97,6 +98,9 @@ def _forward_states(
 ) -> None:
     if final is not None and final.numel() == 0:
         return
+    if hopper.serves_vector_states(call, chunks, v, write if call.write == 2 else None):
+        hopper.vector_forward_states(call, chunks, spans, v, write, write_rows, initial, o, final, kept, keep)
+        return
     _, Qg, Eg, Kt, decay, P, A, R, S, _ = kept
     launch = call.config.forward
     BV = call.value_block(launch, chunks, MULTIPROCESSORS)
@@ -147,6 +151,9 @@ def _backward_states(
     carried = do.new_zeros(spans.count, call.HV, blocks, call.KP, dtype=torch.float32) if given else None
     programs = blocks * chunks.sequences * call.HV
     if programs == 0:
+        return carried
+    if d_state is None and hopper.serves_vector_states(call, chunks, do):
+        hopper.vector_backward_states(call, chunks, spans, do, d_final, dR, dS, kept)
         return carried
     start(
         backward_states_kernel, programs,

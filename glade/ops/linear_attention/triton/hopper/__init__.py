@@ -1,0 +1,10 @@
+"""Kernels for sm_90 in Gluon, in the place of those in Triton for the calls that they serve.
+
+    launches            which calls those are, and the launches
+    pipeline            shared memory that one warp fills while four compute
+    scalar_states       the passes over states of `triton/scalar_states.py`: scalar gates
+    scalar_keys         the gradients of `triton/scalar_keys.py`
+    vector_states       the passes over states of `triton/states.py`: a vector decay
+
+The equations, and the forms in memory of what is kept, are those of the kernels in Triton.
+"""

@@ -1,0 +1,237 @@
+"""Which calls the kernels for sm_90 serve, and their launches.
+
+They are written in Gluon, which comes with Triton and says of every warp what it does; it changes from version to
+version of Triton, so that they are for those that they were tested with. All other calls take the kernels in Triton.
+"""
+
+# Triton need not be installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from glade.ops.linear_attention.triton.call import FEW_PROGRAMS, Call, token_stride
+from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS, arch_of
+from glade.ops.linear_attention.triton.launch import Chunks, constants
+from glade.ops.linear_attention.triton.launcher import KIND, of_tiles, start
+
+VERSIONS = ("3.6.",)  # of Triton, that they were tested with on a GPU
+AVAILABLE = triton.__version__.startswith(VERSIONS)
+try:
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float32
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from glade.ops.linear_attention.triton.hopper.scalar_keys import hopper_scalar_keys_kernel
+    from glade.ops.linear_attention.triton.hopper.scalar_states import (
+        hopper_scalar_backward_kernel,
+        hopper_scalar_forward_kernel,
+    )
+    from glade.ops.linear_attention.triton.hopper.vector_states import (
+        hopper_vector_backward_kernel,
+        hopper_vector_forward_kernel,
+    )
+except ImportError:
+    AVAILABLE = False
+else:
+
+    class Tiles(TensorDescriptor):
+        """Triton's descriptor without its checks, which take longer than a launch: what fails them is not served."""
+
+        def __init__(self, base: Tensor, shape: list[int], strides: list[int], *tile: int):
+            self.base, self.shape, self.strides, self.block_shape = base, shape, strides, tile
+            self.layout, self.padding = _layout(base.dtype, *tile), "zero"
+
+    @cache
+    def _layout(dtype: torch.dtype, *tile: int) -> NVMMASharedLayout:
+        return NVMMASharedLayout.get_default_for(tile, bfloat16 if dtype == torch.bfloat16 else float32)
+
+    KIND[Tiles] = of_tiles
+
+CHUNK = 32
+SPAN, KEYS = 2, 32  # of `scalar_keys`: chunks of a program, key channels at a time
+VALUES = 64  # channels of a program of the passes: the rows of a product
+PROCESSORS = 132
+MOST_TOKEN_HEADS = 2**29  # places in a tensor are told to TMA in 32 bits, and a state has four rows for a token
+# Of 256 threads, which are as many as copy and compute, so that two programs share a processor's 65,536.
+OPTIONS = dict(num_warps=4, maxnreg=128)
+
+
+def serves_scalar_keys(call: Call, *inputs: Tensor) -> bool:
+    """Whether a call is for `scalar_keys` here, by its gates, its sizes and what it reads, q, k, v and perhaps do: the
+    delta rule with scalar gates in bf16, heads of 64 or 128 channels, whole spans of chunks."""
+    sizes = (call.span, call.keys_block) == (SPAN, KEYS)
+    return call.erase == 1 and call.gate <= 1 and call.write <= 1 and sizes and _fits(call, inputs)
+
+
+def serves_scalar_states(call: Call, chunks: Chunks, *inputs: Tensor) -> bool:
+    """The same for the passes over states: where programs are few, Triton's take fewer value channels each."""
+    return _many(call, chunks, FEW_PROGRAMS) and serves_scalar_keys(call, *inputs)
+
+
+def serves_vector_states(call: Call, chunks: Chunks, *inputs: Tensor | None) -> bool:
+    """Whether a call whose decay is a vector is for the passes over states here: v and a vector write, or do."""
+    given = tuple(x for x in inputs if x is not None)
+    return call.gate == 2 and _many(call, chunks, MULTIPROCESSORS) and _fits(call, given)
+
+
+def _many(call: Call, chunks: Chunks, enough: int) -> bool:
+    return call.value_block(call.config.forward, chunks, enough) == VALUES
+
+
+def on_sm_90(x: Tensor) -> bool:
+    return AVAILABLE and x.is_cuda and arch_of(x.device) == 90
+
+
+def _fits(call: Call, inputs: tuple[Tensor, ...]) -> bool:
+    return (
+        on_sm_90(inputs[0])
+        and call.K in (64, 128)
+        and call.V in (64, 128)
+        and call.chunk == CHUNK
+        and not call.packed
+        and 0 < call.num_token_heads < MOST_TOKEN_HEADS
+        and call.T % (CHUNK * call.span) == 0
+        and all(x.dtype == torch.bfloat16 and _lies_by_tokens(x) for x in inputs)
+    )
+
+
+def scalar_forward_states(
+    call: Call, chunks: Chunks, spans: Chunks, q, k, v, scale, initial, o, final, kept: list[Tensor], keep: bool
+) -> None:
+    G, erase, write, A, R, S, P = kept[:7]
+    of_pass = (_rows(R, call.V, CHUNK, VALUES), _states_in_blocks(call, S), _squares(P)) if keep else (None, None, None)
+    start(
+        hopper_scalar_forward_kernel, _programs(call, chunks),
+        _tokens(q, call.K), _tokens(k, call.K), _tokens(v, VALUES), _squares(A), *map(_chunks, (G, erase, write)),
+        _tokens(o, VALUES), initial, final, *of_pass, *_in_sequences(chunks), *_in_sequences(spans), scale,
+        *constants(call.HV, call.group, call.K, call.V),
+        BK=KEYS, SPAN=SPAN, GATE=call.gate, WRITE=call.write, KEEP=keep,
+        STAGES=_stages(call, chunks), **OPTIONS,
+    )  # fmt: skip
+
+
+def scalar_backward_states(
+    call: Call, chunks: Chunks, spans: Chunks, do, q, k, v, scale, d_final, d_state, dv, d_write, dR, dS,
+    kept: list[Tensor],
+) -> None:  # fmt: skip
+    G, erase, write, A, _, _, P = kept[:7]
+    start(
+        hopper_scalar_backward_kernel, _programs(call, chunks),
+        _tokens(q, call.K), _tokens(k, call.K), _tokens(v, VALUES) if call.write else None, _tokens(do, VALUES),
+        _squares(A), _squares(P), *map(_chunks, (G, erase, write)),
+        d_final, d_state, dv, d_write, dR, _states_in_blocks(call, dS),
+        *_in_sequences(chunks), *_in_sequences(spans), call.num_token_heads, scale,
+        *constants(call.HV, call.group, call.K, call.V, token_stride(dv)),
+        BK=KEYS, SPAN=SPAN, GATE=call.gate, WRITE=call.write, STAGES=_stages(call, chunks), **OPTIONS,
+    )  # fmt: skip
+
+
+def scalar_keys(
+    call: Call, spans: Chunks, do, q, k, scale, dR, dS, kept: list[Tensor], dq, dk, d_erase, dg
+) -> None:  # fmt: skip
+    G, erase, _, _, R, S = kept[:6]
+    size = CHUNK * SPAN
+    start(
+        hopper_scalar_keys_kernel, spans.count * call.HV,
+        _tokens(do, call.V, size), *(_rows(x, call.V, size, call.V) for x in (R, dR)),
+        *(_rows(x, KEYS, call.V, KEYS) for x in (S, dS)),
+        _tokens(k, KEYS, size), _tokens(q, KEYS, size), G, erase, dq, dk, d_erase, dg, scale,
+        *constants(call.HV, call.group, call.K, token_stride(dq), token_stride(dk)),
+        GATE=call.gate, STAGES=2, **OPTIONS,
+    )  # fmt: skip
+
+
+def vector_forward_states(
+    call: Call, chunks: Chunks, spans: Chunks, v, write, write_rows, initial, o, final, kept: list[Tensor], keep: bool
+) -> None:
+    R, S = kept[7:9]
+    start(
+        hopper_vector_forward_kernel, _programs(call, chunks),
+        _tokens(v, VALUES), _tokens(write, VALUES) if call.write == 2 else _chunks(write_rows), *_prepared(call, kept),
+        _tokens(o, VALUES), initial, final,
+        _tokens(R, VALUES) if keep and call.changes_values else None,
+        _rows(S, call.V, call.K, VALUES) if keep else None,
+        *_in_sequences(chunks), *_in_sequences(spans), *constants(call.HV, call.K, call.V),
+        SPAN=call.span, ERASE=call.erase > 0, WRITE=call.write, STAGES=_stages(call, chunks), **OPTIONS,
+    )  # fmt: skip
+
+
+def vector_backward_states(
+    call: Call, chunks: Chunks, spans: Chunks, do, d_final, dR, dS, kept: list[Tensor]
+) -> None:  # fmt: skip
+    start(
+        hopper_vector_backward_kernel, _programs(call, chunks),
+        _tokens(do, VALUES), *_prepared(call, kept), d_final, dR, _rows(dS, call.V, call.K, VALUES),
+        *_in_sequences(chunks), *_in_sequences(spans), *constants(call.HV, call.K, call.V, token_stride(dR)),
+        SPAN=call.span, ERASE=call.erase > 0, STAGES=_stages(call, chunks), **OPTIONS,
+    )  # fmt: skip
+
+
+def _programs(call: Call, chunks: Chunks) -> int:
+    return call.V // VALUES * chunks.sequences * call.HV
+
+
+def _stages(call: Call, chunks: Chunks) -> int:
+    """Chunks that a pass copies ahead, measured. With two, two programs share a processor where there are so many. Of
+    chunks that come with vectors of erase, too, three ahead are faster, though no second program finds room then."""
+    if call.gate == 2 and call.erase > 0:
+        return 3
+    if _programs(call, chunks) > PROCESSORS:
+        return 2
+    return 4 if call.gate == 2 else 3
+
+
+def _in_sequences(chunks: Chunks) -> tuple[int, int]:
+    """Chunks of a row, and of a sequence."""
+    return chunks.a_row, chunks.a_row if chunks.a_sequence is None else chunks.a_sequence
+
+
+# Tensors as the kernels take them: for copies of tiles to and from shared memory, laid out there for products.
+
+
+def _lies_by_tokens(x: Tensor) -> bool:
+    """Whether x [B, T, H, D] is [B T, H D] as it lies, and as TMA takes it."""
+    return _is_by_tokens(x.shape, x.stride(), 16 // x.element_size()) and x.data_ptr() % 16 == 0
+
+
+@cache
+def _is_by_tokens(shape: tuple[int, ...], strides: tuple[int, ...], aligned: int) -> bool:
+    B, T, _, D = shape
+    row, token, head, channel = strides
+    return (row == T * token or B == 1) and (head, channel) == (D, 1) and token > 0 and token % aligned == 0
+
+
+def _tokens(x: Tensor, channels: int, tokens: int = CHUNK) -> "Tiles":
+    """Of x [B, T, H, D], by tokens."""
+    B, T, H, D = x.shape
+    return Tiles(x, [B * T, H * D], [x.stride(1), 1], tokens, channels)
+
+
+def _rows(x: Tensor, columns: int, *tile: int) -> "Tiles":
+    """Of x, which lies in one piece, in rows of `columns`."""
+    return Tiles(x, [x.numel() // columns, columns], [columns, 1], *tile)
+
+
+def _squares(x: Tensor) -> "Tiles":
+    return _rows(x, CHUNK, CHUNK, CHUNK)
+
+
+def _chunks(x: Tensor) -> "Tiles | None":
+    """A number for each token of a chunk; None for a gate that is none."""
+    return _rows(x, CHUNK, 1, CHUNK) if x.numel() > 0 else None
+
+
+def _states_in_blocks(call: Call, S: Tensor) -> "Tiles":
+    """The value channels of a program, of all blocks of key channels."""
+    block = call.V * KEYS
+    return Tiles(S, [S.numel() // block, call.V, KEYS], [block, KEYS, 1], call.K // KEYS, VALUES, KEYS)
+
+
+def _prepared(call: Call, kept: list[Tensor]) -> tuple:
+    """Qg, Eg, Kt, the decay, P and A, of every chunk; None for Eg and A where nothing is erased."""
+    Qg, Eg, Kt, decay, P, A = kept[1:7]
+    Qg, Eg, Kt = (_rows(x, call.K, CHUNK, call.K) if x.numel() > 0 else None for x in (Qg, Eg, Kt))
+    return Qg, Eg, Kt, _rows(decay, call.K, 1, call.K), _squares(P), _squares(A) if call.erase > 0 else None
