@@ -4,6 +4,7 @@
     python bench/ops.py --corners gdn2 --shapes 16x2048     # one of them
     python bench/ops.py --corners gla --heads 4x256x512     # other heads: number, K, V
     python bench/ops.py --shapes 1x32768/256                # 256 documents of uneven lengths, packed
+    python bench/ops.py --kernels                           # also the time of each kernel, by torch's profiler
     python bench/ops.py --cold glade --shapes               # the first call of every corner, nothing compiled before
     python bench/ops.py --out bench/results/ops_h200.csv    # adds to the file; bench/plot_ops.py draws it
 
@@ -11,11 +12,11 @@ bf16 inputs, g fp32, state from zeros, 16 heads of K = V = 128 unless said other
 inputs only for the backward. Peers (flash-linear-attention where `import fla` works, FlashQLA where `import flash_qla`
 does) run on the same inputs, a call of theirs after each of ours. Times are medians with the 20th and 80th percentile
 of CUDA-event times, and the GPU's alone: it is kept waiting until the host has launched a whole call, and what the host
-takes for that is `host_ms`. `bytes` counts every input read once and every output and gradient written once, and
-`copy_share` is their time at the bandwidth of a large copy, measured first, over the median; `ratio` is a peer's median
-over that of `glade`. Nothing is timed before it is compared, gradients too, with backend `torch` in fp64 on the same
-inputs. A first call is timed in a process of its own, with empty folders for all that Triton, Inductor and TileLang
-compile.
+takes for that is `host_ms`. A kernel's time is the mean of ten calls, forward and backward. `bytes` counts every input
+read once and every output and gradient written once, and `copy_share` is their time at the bandwidth of a large copy,
+measured first, over the median; `ratio` is a peer's median over that of `glade`. Nothing is timed before it is
+compared, gradients too, with backend `torch` in fp64 on the same inputs. A first call is timed in a process of its own,
+with empty folders for all that Triton, Inductor and TileLang compile.
 
 FLA 0.6.0 refuses gated products with a scalar decay on Hopper with Triton 3.4 to 3.7.0, since their gradients are
 wrong there unless TileLang is installed; such a peer is left out, and why is printed. `--lift-refusal` times it
@@ -189,7 +190,13 @@ class Case(NamedTuple):
 
 
 def rows_of(
-    corner: str, case: Case, heads: tuple[int, int, int], bandwidth: float, repeats: int, lift_refusal: bool
+    corner: str,
+    case: Case,
+    heads: tuple[int, int, int],
+    bandwidth: float,
+    repeats: int,
+    lift_refusal: bool,
+    kernels: bool,
 ) -> Iterator[dict[str, object]]:
     B, T, documents = case
     inputs, cu_seqlens = inputs_of(corner, B, T, heads), case.cu_seqlens()
@@ -213,6 +220,7 @@ def rows_of(
     forward_bytes = leaf_bytes + do.nbytes
     # forward reads the inputs and writes o; backward reads the inputs and do and writes their gradients
     moved = {"forward": forward_bytes, "forward+backward": 2 * forward_bytes + leaf_bytes}
+    shape = f"B{B} T{T} H{heads[0]} K{heads[1]} V{heads[2]}" + f" N{documents}" * (documents > 0)
     for mode, works in modes.items():
         times = interleaved_ms(works, repeats)
         quantiles = {
@@ -224,7 +232,7 @@ def rows_of(
                 "op": corner,
                 "provider": name,
                 "mode": mode,
-                "shape": f"B{B} T{T} H{heads[0]} K{heads[1]} V{heads[2]}" + f" N{documents}" * (documents > 0),
+                "shape": shape,
                 **run_by(),
                 "median_ms": round(median, 4),
                 "p20_ms": round(p20, 4),
@@ -235,6 +243,13 @@ def rows_of(
                 "host_ms": round(statistics.median(times[name].host_ms), 4),
                 "peak_bytes": peak_bytes[name],
             }
+    if kernels:
+        from glade.ops.linear_attention.triton.trial import kernel_ms  # Triton need not be installed to be told how
+
+        for name in (name for name in providers if name != "glade, recomputing"):
+            for kernel, ms in kernel_ms(modes["forward+backward"][name]).items():
+                row = {"op": corner, "provider": name, "mode": f"kernel {kernel[:60]}", "shape": shape}
+                yield {**row, **run_by(), "median_ms": round(ms, 4)}
 
 
 def run_by() -> dict[str, object]:
@@ -299,6 +314,7 @@ def main() -> None:
     parser.add_argument("--heads", default="16x128x128", help="heads x K x V")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--cold", nargs="+", default=[], help="whose first call is timed as well: glade, fla, flashqla")
+    parser.add_argument("--kernels", action="store_true", help="the time of each kernel, too")
     parser.add_argument("--lift-refusal", action="store_true", help="let FLA run what it refuses on Hopper")
     parser.add_argument("--out", type=Path, help="CSV file to append to")
     parser.add_argument("--first-call", help=argparse.SUPPRESS)
@@ -315,7 +331,8 @@ def main() -> None:
         for provider in arguments.cold:
             tell([cold_row(corner, provider, (H, K, V))], arguments.out)
         for case in arguments.shapes:
-            rows = rows_of(corner, case, (H, K, V), bandwidth, arguments.repeats, arguments.lift_refusal)
+            numbers = (bandwidth, arguments.repeats, arguments.lift_refusal, arguments.kernels)
+            rows = rows_of(corner, case, (H, K, V), *numbers)
             tell(rows, arguments.out)
 
 
