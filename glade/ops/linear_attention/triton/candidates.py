@@ -50,7 +50,6 @@ def candidates(corner: tuple[str, ...], wide: bool, K: int, V: int, chunk: int) 
     if corner[0] == "vector":
         keys = [x for x in keys if x.block == 32]
         keys += [x._replace(warps=2) for x in keys]
-        keys += [Launch(32, 2, 3, 64, 200)]  # five programs of two warps share a processor, not four
     states, values = ([x for x in launches if x.block <= V] for launches in (states, values))
     prepare, keys = ([x for x in launches if x.block <= K] for launches in (prepare, keys))
     keys = [x for x in keys if x.block_v <= V]
