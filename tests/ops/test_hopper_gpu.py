@@ -26,13 +26,16 @@ KINDS = {
     "delta": CORNERS["delta"],
     "no write": Corner("scalar", "scalar", "none"),
     "erase alone": Corner("none", "scalar", "none"),
+    "scalar decay": CORNERS["scalar-decay"],
+    "linear": CORNERS["linear"],
     "vector write": Corner("scalar", "scalar", "vector"),
+    "write alone": Corner("scalar", "none", "scalar"),
     "gla": CORNERS["gla"],
     "kda": CORNERS["kda"],
     "gdn2": CORNERS["gdn2"],
     "no erase": Corner("vector", "none", "vector"),
 }
-SCALAR = "gdn", "delta", "no write", "erase alone"
+SCALAR = "gdn", "delta", "no write", "erase alone", "scalar decay", "linear"
 VECTOR = "gla", "kda", "gdn2", "no erase"
 MANY = 16, 128, 4, 8  # programs for all processors, with 64 value channels each
 
@@ -122,7 +125,7 @@ def test_parity_of_a_vector_decay(hopper, started, monkeypatch, kind, dims, gate
 
 
 @gpu
-@pytest.mark.parametrize("kind", ["gdn", "delta", "gla", "kda", "gdn2"])
+@pytest.mark.parametrize("kind", ["gdn", "delta", "scalar decay", "linear", "gla", "kda", "gdn2"])
 def test_segments_of_a_sequence(started, kind):
     found = errors_between(inputs_of(kind, Shape(1, 4096 + 64, 2, 8, 128, 128)), "triton", "torch")
     assert not failures(found, torch.bfloat16), found
@@ -154,8 +157,9 @@ def test_the_kernels_in_triton_serve_the_same_calls(hopper, started, monkeypatch
         ("gdn", Shape(8, 128, 8, 8, 128, 256), {}),
         ("gdn", Shape(8, 128, 8, 8, 128, 128), {"dtype": torch.float16}),
         ("vector write", Shape(8, 128, 8, 8, 128, 128), {}),
+        ("write alone", Shape(8, 128, 8, 8, 128, 128), {}),
     ],
-    ids=["no whole span", "96 channels", "256 channels", "fp16", "vector write"],
+    ids=["no whole span", "96 channels", "256 channels", "fp16", "vector write", "write alone"],
 )
 def test_other_calls_take_the_kernels_in_triton(started, kind, shape, settings):
     gradients_of(inputs_of(kind, shape, **settings))
@@ -195,7 +199,7 @@ def test_unaligned_keys_take_the_kernels_in_triton(started):
 
 
 @gpu
-@pytest.mark.parametrize("kind", ["gdn", "delta"])
+@pytest.mark.parametrize("kind", ["gdn", "delta", "linear"])
 def test_the_same_bits_each_time_and_without_a_backward(started, kind):
     inputs = inputs_of(kind, Shape(16, 2048, 16, 16, 128, 128), drawn_on="cuda")
     first = gradients_of(inputs)

@@ -119,6 +119,8 @@ def compile_kernels_in_gluon(check, shared_bytes):
         (CORNERS["gdn"], scalar),
         (CORNERS["delta"], scalar),
         (Corner("scalar", "scalar", "none"), scalar),
+        (CORNERS["scalar-decay"], scalar),
+        (CORNERS["linear"], scalar),
         (CORNERS["gla"], vector),
         (CORNERS["kda"], vector),
         (CORNERS["gdn2"], vector),

@@ -169,8 +169,8 @@ def _backward_keys(call: Call, spans: Chunks, do, q, k, v, g, erase, write, scal
     launch = call.config.keys
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
     dg, d_erase = call.gradient_in_parts(g, 1), call.gradient_in_parts(erase, 1)
-    if hopper.serves_scalar_keys(call, q, k, do):
-        hopper.scalar_keys(call, spans, do, q, k, scale, dR, dS, kept, dq, dk, d_erase, dg)
+    if hopper.serves_scalar_keys(call, q, k, v, do):
+        hopper.scalar_keys(call, spans, do, q, k, v, scale, dR, dS, kept, dq, dk, d_erase, dg)
     elif spans.count > 0:
         R, S = kept[4:6]
         start(

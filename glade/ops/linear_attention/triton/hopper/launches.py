@@ -60,10 +60,10 @@ OPTIONS = dict(num_warps=4, maxnreg=128)
 
 
 def serves_scalar_keys(call: Call, *inputs: Tensor) -> bool:
-    """Whether a call is for `scalar_keys` here, by its gates, its sizes and what it reads, q, k, v and perhaps do: the
-    delta rule with scalar gates in bf16, heads of 64 or 128 channels, whole spans of chunks."""
-    sizes = (call.span, call.keys_block) == (SPAN, KEYS)
-    return call.erase == 1 and call.gate <= 1 and call.write <= 1 and sizes and _fits(call, inputs)
+    """Whether a call is for `scalar_keys` here, by its gates, its sizes and what it reads, q, k, v and maybe do: scalar
+    gates, write none without an erase, heads of 64 or 128 channels in bf16, whole spans of chunks."""
+    gates = call.gate <= 1 and call.write <= call.erase <= 1
+    return gates and (call.span, call.keys_block) == (SPAN, KEYS) and _fits(call, inputs)
 
 
 def serves_scalar_states(call: Call, chunks: Chunks, *inputs: Tensor) -> bool:
@@ -102,13 +102,16 @@ def scalar_forward_states(
     call: Call, chunks: Chunks, spans: Chunks, q, k, v, scale, initial, o, final, kept: list[Tensor], keep: bool
 ) -> None:
     G, erase, write, A, R, S, P = kept[:7]
-    of_pass = (_rows(R, call.V, CHUNK, VALUES), _states_in_blocks(call, S), _squares(P)) if keep else (None, None, None)
+    of_pass = (
+        (_written(call, R, CHUNK, VALUES), _states_in_blocks(call, S), _squares(P)) if keep else (None, None, None)
+    )
     start(
         hopper_scalar_forward_kernel, _programs(call, chunks),
-        _tokens(q, call.K), _tokens(k, call.K), _tokens(v, VALUES), _squares(A), *map(_chunks, (G, erase, write)),
+        _tokens(q, call.K), _tokens(k, call.K), _tokens(v, VALUES),
+        _squares(A) if call.erase else None, *map(_chunks, (G, erase, write)),
         _tokens(o, VALUES), initial, final, *of_pass, *_in_sequences(chunks), *_in_sequences(spans), scale,
         *constants(call.HV, call.group, call.K, call.V),
-        BK=KEYS, SPAN=SPAN, GATE=call.gate, WRITE=call.write, KEEP=keep,
+        BK=KEYS, SPAN=SPAN, GATE=call.gate, WRITE=call.write, ERASE=call.erase, KEEP=keep,
         STAGES=_stages(call, chunks), **OPTIONS,
     )  # fmt: skip
 
@@ -121,26 +124,28 @@ def scalar_backward_states(
     start(
         hopper_scalar_backward_kernel, _programs(call, chunks),
         _tokens(q, call.K), _tokens(k, call.K), _tokens(v, VALUES) if call.write else None, _tokens(do, VALUES),
-        _squares(A), _squares(P), *map(_chunks, (G, erase, write)),
+        _squares(A) if call.erase else None, _squares(P), *map(_chunks, (G, erase, write)),
         d_final, d_state, dv, d_write, dR, _states_in_blocks(call, dS),
         *_in_sequences(chunks), *_in_sequences(spans), call.num_token_heads, scale,
         *constants(call.HV, call.group, call.K, call.V, token_stride(dv)),
-        BK=KEYS, SPAN=SPAN, GATE=call.gate, WRITE=call.write, STAGES=_stages(call, chunks), **OPTIONS,
+        BK=KEYS, SPAN=SPAN, GATE=call.gate, WRITE=call.write, ERASE=call.erase,
+        STAGES=_stages(call, chunks), **OPTIONS,
     )  # fmt: skip
 
 
 def scalar_keys(
-    call: Call, spans: Chunks, do, q, k, scale, dR, dS, kept: list[Tensor], dq, dk, d_erase, dg
+    call: Call, spans: Chunks, do, q, k, v, scale, dR, dS, kept: list[Tensor], dq, dk, d_erase, dg
 ) -> None:  # fmt: skip
     G, erase, _, _, R, S = kept[:6]
     size = CHUNK * SPAN
     start(
         hopper_scalar_keys_kernel, spans.count * call.HV,
-        _tokens(do, call.V, size), *(_rows(x, call.V, size, call.V) for x in (R, dR)),
+        _tokens(do, call.V, size), _written(call, R, size, call.V) or _tokens(v, call.V, size),
+        _written(call, dR, size, call.V),
         *(_rows(x, KEYS, call.V, KEYS) for x in (S, dS)),
         _tokens(k, KEYS, size), _tokens(q, KEYS, size), G, erase, dq, dk, d_erase, dg, scale,
         *constants(call.HV, call.group, call.K, token_stride(dq), token_stride(dk)),
-        GATE=call.gate, STAGES=2, **OPTIONS,
+        GATE=call.gate, ERASE=call.erase, STAGES=2, **OPTIONS,
     )  # fmt: skip
 
 
@@ -222,6 +227,11 @@ def _squares(x: Tensor) -> "Tiles":
 def _chunks(x: Tensor) -> "Tiles | None":
     """A number for each token of a chunk; None for a gate that is none."""
     return _rows(x, CHUNK, 1, CHUNK) if x.numel() > 0 else None
+
+
+def _written(call: Call, R: Tensor, *tile: int) -> "Tiles | None":
+    """R or dR^, by spans; None where nothing is erased."""
+    return _rows(R, call.V, *tile) if call.erase else None
 
 
 def _states_in_blocks(call: Call, S: Tensor) -> "Tiles":

@@ -47,6 +47,13 @@ def buffer_for(tiles):
 
 
 @gluon.jit
+def square_of(C: gl.constexpr):
+    """For pairs of a chunk's tokens, as a product takes them."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
+    return gl.allocate_shared_memory(gl.bfloat16, [C, C], layout)
+
+
+@gluon.jit
 def stages_for(tiles, STAGES: gl.constexpr):
     """For STAGES tiles."""
     tile: gl.constexpr = tiles.block_type.shape

@@ -31,6 +31,7 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
     left_of,
     load_row,
     load_turned,
+    square_of,
     state_at,
     sums_of,
     tokens_at,
@@ -57,11 +58,15 @@ def compute_forward(
     to_tokens, to_chunks, pairs_buffer, out_buffer, r_buffer, S_buffer, full, empty,
     o, initial, final, R, S_before, P,
     first, end, first_span, sequence_head, HV, head, block, scale, K, V,
-    BK: gl.constexpr, SPAN: gl.constexpr, GATE: gl.constexpr, WRITE: gl.constexpr, KEEP: gl.constexpr,
+    BK: gl.constexpr, SPAN: gl.constexpr, GATE: gl.constexpr, WRITE: gl.constexpr, ERASE: gl.constexpr,
+    KEEP: gl.constexpr,
 ):  # fmt: skip
     q, k, v = to_tokens
-    A, erase = to_chunks[0], to_chunks[1]  # and G and write, where there are
-    C: gl.constexpr = A.shape[1]
+    G: gl.constexpr = 0  # of `to_chunks`, where there are
+    write: gl.constexpr = GATE
+    erase: gl.constexpr = GATE + WRITE
+    A: gl.constexpr = GATE + WRITE + 1
+    C: gl.constexpr = v.shape[1]
     BV: gl.constexpr = v.shape[2]
     SUMS: gl.constexpr = sums_of(C)
     STATE: gl.constexpr = sums_of(K)
@@ -81,14 +86,15 @@ def compute_forward(
         q_tile, k_tile = q.index(stage), k.index(stage)
         S_low = S.to(gl.bfloat16)
         left = gl.convert_layout(S_low, left_of(SUMS))
-        erased = warpgroup_mma(left, k_tile.permute((1, 0)), zeros, is_async=True)
+        if ERASE:
+            erased = warpgroup_mma(left, k_tile.permute((1, 0)), zeros, is_async=True)
         out = warpgroup_mma(left, q_tile.permute((1, 0)), zeros, is_async=True)
 
         k_left = k_tile.load(gl.DotOperandLayout(0, PAIRS, 2))
         q_right = q_tile.permute((1, 0)).load(gl.DotOperandLayout(1, PAIRS, 2))
         pairs = mma_v2(k_left, q_right, gl.zeros([C, C], gl.float32, PAIRS)) * scale
         if GATE:
-            sums = to_chunks[2].index(stage).reshape([C])
+            sums = to_chunks[G].index(stage).reshape([C])
             of_later, of_earlier = sums.load(gl.SliceLayout(0, PAIRS)), sums.load(gl.SliceLayout(1, PAIRS))
             pairs *= gl.exp2(gl.minimum(of_later[None, :] - of_earlier[:, None], 0.0))
         pairs = gl.where(later >= earlier, pairs, 0.0).to(gl.bfloat16)
@@ -99,15 +105,18 @@ def compute_forward(
             S_buffer.store(in_blocks(S_low, BK))
         z = load_turned(v, stage, SUMS)
         if WRITE:
-            z *= load_row(to_chunks[2 + GATE], stage, SUMS)[None, :]
-        of_erased = load_row(erase, stage, SUMS)
+            z *= load_row(to_chunks[write], stage, SUMS)[None, :]
         if GATE:
-            to_row, to_end, decay = chunk_decays(to_chunks[2], stage, SUMS)
-            of_erased *= to_row
-
-        erased, out = warpgroup_mma_wait(0, deps=[erased, out])
-        z -= of_erased[None, :] * erased
-        z = warpgroup_mma(gl.convert_layout(z.to(gl.bfloat16), left_of(SUMS)), A.index(stage).permute((1, 0)), zeros)
+            to_row, to_end, decay = chunk_decays(to_chunks[G], stage, SUMS)
+        if ERASE:
+            of_erased = load_row(to_chunks[erase], stage, SUMS)
+            if GATE:
+                of_erased *= to_row
+            erased, out = warpgroup_mma_wait(0, deps=[erased, out])
+            left = gl.convert_layout((z - of_erased[None, :] * erased).to(gl.bfloat16), left_of(SUMS))
+            z = warpgroup_mma(left, to_chunks[A].index(stage).permute((1, 0)), zeros)
+        else:
+            out = warpgroup_mma_wait(0, deps=[out])
         r = z.to(gl.bfloat16)
         at_end = r
         if GATE:
@@ -116,7 +125,7 @@ def compute_forward(
             at_end = (z * to_end[None, :]).to(gl.bfloat16)
         else:
             out *= scale
-        if KEEP:
+        if R is not None:
             r_buffer.permute((1, 0)).store(r)
         fence_async_shared()
         out = warpgroup_mma(gl.convert_layout(r, left_of(SUMS)), pairs_buffer, out, is_async=True)
@@ -125,7 +134,8 @@ def compute_forward(
             tma.async_copy_shared_to_global(o, [(m - 1) * C, of_values], out_buffer)
         if KEEP:
             span = (first_span + step // SPAN) * HV + head
-            tma.async_copy_shared_to_global(R, [(span * SPAN + step % SPAN) * C, block * BV], r_buffer)
+            if R is not None:
+                tma.async_copy_shared_to_global(R, [(span * SPAN + step % SPAN) * C, block * BV], r_buffer)
             if block == 0:
                 tma.async_copy_shared_to_global(P, [(m * HV + head) * C, 0], pairs_buffer)
             if step % SPAN == 0:
@@ -148,25 +158,29 @@ def hopper_scalar_forward_kernel(
     o, initial, final, R, S_before, P,
     a_row, a_sequence, spans_a_row, spans_a_sequence, scale,
     HV, GROUP, K, V,
-    BK: gl.constexpr, SPAN: gl.constexpr, GATE: gl.constexpr, WRITE: gl.constexpr, KEEP: gl.constexpr,
-    STAGES: gl.constexpr,
+    BK: gl.constexpr, SPAN: gl.constexpr, GATE: gl.constexpr, WRITE: gl.constexpr, ERASE: gl.constexpr,
+    KEEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    C: gl.constexpr = A.block_type.shape[0]
+    C: gl.constexpr = v.block_type.shape[0]
     BV: gl.constexpr = v.block_type.shape[1]
     sequence_head, block = gl.program_id(0) // (V // BV), gl.program_id(0) % (V // BV)
     n, head = sequence_head // HV, sequence_head % HV
     first, end = chunks_of_sequence(n, a_row, a_sequence)
     first_span, _ = chunks_of_sequence(n, spans_a_row, spans_a_sequence)
-    by_tokens, by_chunks = (q, k, v), (A, erase)
+    by_tokens, by_chunks = (q, k, v), ()
     columns = (head // GROUP * K, head // GROUP * K, head * V + block * BV)
     if GATE:
         by_chunks += (G,)
     if WRITE:
         by_chunks += (write,)
+    if ERASE:
+        by_chunks += (erase, A)
     to_tokens, to_chunks = all_stages_for(by_tokens, STAGES), all_stages_for(by_chunks, STAGES)
-    pairs_buffer, out_buffer, r_buffer, S_buffer = buffer_for(A), buffer_for(o), None, None
+    pairs_buffer, out_buffer, r_buffer, S_buffer = square_of(C), buffer_for(o), None, None
     if KEEP:
-        r_buffer, S_buffer = buffer_for(R), buffer_for(S_before)
+        S_buffer = buffer_for(S_before)
+    if R is not None:
+        r_buffer = buffer_for(R)
     full, empty = barriers(STAGES)
     gl.warp_specialize(
         [
@@ -174,7 +188,7 @@ def hopper_scalar_forward_kernel(
                 to_tokens, to_chunks, pairs_buffer, out_buffer, r_buffer, S_buffer, full, empty,
                 o, initial, final, R, S_before, P,
                 first, end, first_span, sequence_head, HV, head, block, scale, K, V,
-                BK, SPAN, GATE, WRITE, KEEP,
+                BK, SPAN, GATE, WRITE, ERASE, KEEP,
             )),
             (copy_chunks, (
                 by_tokens, columns, to_tokens, by_chunks, to_chunks, full, empty, first, end, HV, head, C, False,
@@ -189,11 +203,15 @@ def compute_backward(
     to_tokens, to_chunks, dS_buffer, full, empty,
     d_final, d_initial, dv, d_write, dR, dS_after,
     first, end, first_span, sequence_head, HV, head, block, num_token_heads, scale, K, V, dv_stride,
-    BK: gl.constexpr, SPAN: gl.constexpr, GATE: gl.constexpr, WRITE: gl.constexpr,
+    BK: gl.constexpr, SPAN: gl.constexpr, GATE: gl.constexpr, WRITE: gl.constexpr, ERASE: gl.constexpr,
 ):  # fmt: skip
     q, k, do = to_tokens[0], to_tokens[1], to_tokens[2]  # and v, where there is a write
-    A, erase, P = to_chunks[0], to_chunks[1], to_chunks[2]  # and G and write, where there are
-    C: gl.constexpr = A.shape[1]
+    P = to_chunks[0]
+    G: gl.constexpr = 1  # of `to_chunks`, where there are
+    write: gl.constexpr = 1 + GATE
+    erase: gl.constexpr = 1 + GATE + WRITE
+    A: gl.constexpr = 2 + GATE + WRITE
+    C: gl.constexpr = do.shape[1]
     BV: gl.constexpr = do.shape[2]
     SUMS: gl.constexpr = sums_of(C)
     STATE: gl.constexpr = sums_of(K)
@@ -219,11 +237,13 @@ def compute_backward(
             fence_async_shared()
             tma.async_copy_shared_to_global(dS_after, [span * (K // BK), block * BV, 0], dS_buffer)
         d_out = load_turned(do, stage, SUMS)
-        of_erased = load_row(erase, stage, SUMS)
+        if ERASE:
+            of_erased = load_row(to_chunks[erase], stage, SUMS)
         if GATE:
-            to_row, to_end, decay = chunk_decays(to_chunks[3], stage, SUMS)
+            to_row, to_end, decay = chunk_decays(to_chunks[G], stage, SUMS)
             d_out *= (to_row * scale)[None, :]
-            of_erased *= to_row
+            if ERASE:
+                of_erased *= to_row
             dS *= decay
         else:
             d_out *= scale
@@ -236,20 +256,21 @@ def compute_backward(
         z = warpgroup_mma(do_tile.permute((1, 0)), P.index(stage).permute((1, 0)), z, is_async=True)
         dS = warpgroup_mma(gl.convert_layout(d_out.to(gl.bfloat16), left_of(STATE)), q_tile, dS, is_async=True)
         z = warpgroup_mma_wait(1, deps=[z])
-        z = warpgroup_mma(gl.convert_layout(z.to(gl.bfloat16), left_of(SUMS)), A.index(stage), zeros, is_async=True)
-        z, dS = warpgroup_mma_wait(0, deps=[z, dS])
-        left = gl.convert_layout((z * -of_erased[None, :]).to(gl.bfloat16), left_of(STATE))
-        dS = warpgroup_mma(left, k_tile, dS, is_async=True)
-
-        to_r = dR + (span * SPAN + (m - first) % SPAN).to(gl.int64) * (C * V) + block * BV
-        gl.store(to_r + of_r, gl.convert_layout(z.to(gl.bfloat16), BY_VALUES))
+        if ERASE:
+            left = gl.convert_layout(z.to(gl.bfloat16), left_of(SUMS))
+            z = warpgroup_mma(left, to_chunks[A].index(stage), zeros, is_async=True)
+            z, dS = warpgroup_mma_wait(0, deps=[z, dS])
+            left = gl.convert_layout((z * -of_erased[None, :]).to(gl.bfloat16), left_of(STATE))
+            dS = warpgroup_mma(left, k_tile, dS, is_async=True)
+            to_r = dR + (span * SPAN + (m - first) % SPAN).to(gl.int64) * (C * V) + block * BV
+            gl.store(to_r + of_r, gl.convert_layout(z.to(gl.bfloat16), BY_VALUES))
         first_token = (m * C).to(gl.int64)
         if WRITE:
             # by sixteens, which a warp holds: nothing passes from warp to warp
             of_parts = gl.sum(gl.reshape(z * v_tile, [BV // 16, 16, C]), 1)
             to_part = d_write + (block * (BV // 16) + sixteen).to(gl.int64) * num_token_heads + first_token * HV + head
             gl.store(to_part + token * HV, gl.convert_layout(of_parts, SIXTEENS))
-            z *= load_row(to_chunks[3 + GATE], stage, SUMS)[None, :]
+            z *= load_row(to_chunks[write], stage, SUMS)[None, :]
         to_v = dv + first_token * dv_stride + head * V + block * BV
         gl.store(to_v + of_v, gl.convert_layout(z.to(gl.bfloat16), BY_VALUES))
         dS = warpgroup_mma_wait(0, deps=[dS])
@@ -265,15 +286,16 @@ def hopper_scalar_backward_kernel(
     d_final, d_initial, dv, d_write, dR, dS_after,
     a_row, a_sequence, spans_a_row, spans_a_sequence, num_token_heads, scale,
     HV, GROUP, K, V, dv_stride,
-    BK: gl.constexpr, SPAN: gl.constexpr, GATE: gl.constexpr, WRITE: gl.constexpr, STAGES: gl.constexpr,
+    BK: gl.constexpr, SPAN: gl.constexpr, GATE: gl.constexpr, WRITE: gl.constexpr, ERASE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    C: gl.constexpr = A.block_type.shape[0]
+    C: gl.constexpr = do.block_type.shape[0]
     BV: gl.constexpr = do.block_type.shape[1]
     sequence_head, block = gl.program_id(0) // (V // BV), gl.program_id(0) % (V // BV)
     n, head = sequence_head // HV, sequence_head % HV
     first, end = chunks_of_sequence(n, a_row, a_sequence)
     first_span, _ = chunks_of_sequence(n, spans_a_row, spans_a_sequence)
-    by_tokens, by_chunks = (q, k, do), (A, erase, P)
+    by_tokens, by_chunks = (q, k, do), (P,)
     columns = (head // GROUP * K, head // GROUP * K, head * V + block * BV)
     if GATE:
         by_chunks += (G,)
@@ -281,6 +303,8 @@ def hopper_scalar_backward_kernel(
         by_chunks += (write,)
         by_tokens += (v,)
         columns += (head * V + block * BV,)
+    if ERASE:
+        by_chunks += (erase, A)
     to_tokens, to_chunks = all_stages_for(by_tokens, STAGES), all_stages_for(by_chunks, STAGES)
     dS_buffer = buffer_for(dS_after)
     full, empty = barriers(STAGES)
@@ -290,7 +314,7 @@ def hopper_scalar_backward_kernel(
                 to_tokens, to_chunks, dS_buffer, full, empty,
                 d_final, d_initial, dv, d_write, dR, dS_after,
                 first, end, first_span, sequence_head, HV, head, block, num_token_heads, scale, K, V, dv_stride,
-                BK, SPAN, GATE, WRITE,
+                BK, SPAN, GATE, WRITE, ERASE,
             )),
             (copy_chunks, (
                 by_tokens, columns, to_tokens, by_chunks, to_chunks, full, empty, first, end, HV, head, C, True,
