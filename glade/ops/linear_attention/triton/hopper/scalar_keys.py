@@ -33,7 +33,7 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
 
 @gluon.jit
 def copy_span(values, to_values, blocks, to_blocks, full_values, full, empty, span, HV, head, of_keys, K):
-    """The copying warp: do, R, dR^, then S, dS, k and q by blocks of key channels. Without erase R is v, and there is no
+    """The copying warp: do, R, dR^, then S, dS, k and q by blocks of key channels. Without erase R is v; there is no
     dR^."""
     C: gl.constexpr = blocks[2].block_type.shape[0]
     V: gl.constexpr = blocks[0].block_type.shape[0]
