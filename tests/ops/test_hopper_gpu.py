@@ -20,7 +20,8 @@ from glade.ops.tolerances import relative_error
 
 gpu = pytest.mark.gpu
 ALL_SCALAR = {f"hopper_scalar_{name}_kernel" for name in ("forward", "backward", "keys")}
-KEYS, FORWARD, BACKWARD = (f"hopper_{name}_kernel" for name in ("scalar_keys", "vector_forward", "vector_backward"))
+ALL_VECTOR = {f"hopper_vector_{name}_kernel" for name in ("forward", "backward", "keys")}
+KEYS, FORWARD, VECTOR_KEYS = (f"hopper_{name}_kernel" for name in ("scalar_keys", "vector_forward", "vector_keys"))
 KINDS = {
     "gdn": CORNERS["gdn"],
     "delta": CORNERS["delta"],
@@ -61,6 +62,10 @@ def started(hopper, monkeypatch):
 
     monkeypatch.setattr(hopper, "start", spy)
     return names
+
+
+def of_a_vector(kind):
+    return ALL_VECTOR if KINDS[kind].erase != "none" else ALL_VECTOR - {VECTOR_KEYS}
 
 
 def inputs_of(kind, shape, **settings):
@@ -117,26 +122,28 @@ def test_parity(hopper, started, monkeypatch, kind, dims, gate):
 @pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize("kind", VECTOR)
 def test_parity_of_a_vector_decay(hopper, started, monkeypatch, kind, dims, gate, given_state):
-    """What a given state has beyond its rounding is for the pass backwards in Triton."""
+    """What a given state has beyond its rounding is for the kernels in Triton; and so are keys of which none erases."""
     inputs = inputs_of(kind, Shape(*MANY, *dims), gate=gate, given_state=given_state)
     check_two_rows(inputs)
-    assert started == ({FORWARD} if given_state else {FORWARD, BACKWARD})
+    assert started == ({FORWARD} if given_state else of_a_vector(kind))
     check_all_rows(hopper, monkeypatch, inputs)
 
 
 @gpu
 @pytest.mark.parametrize("kind", ["gdn", "delta", "scalar decay", "linear", "gla", "kda", "gdn2"])
 def test_segments_of_a_sequence(started, kind):
-    found = errors_between(inputs_of(kind, Shape(1, 4096 + 64, 2, 8, 128, 128)), "triton", "torch")
+    inputs = inputs_of(kind, Shape(1, 4096 + 64, 2, 8, 128, 128), given_state=kind in SCALAR)
+    found = errors_between(inputs, "triton", "torch")
     assert not failures(found, torch.bfloat16), found
-    assert started == (ALL_SCALAR if kind in SCALAR else {FORWARD, BACKWARD})
+    assert started == (ALL_SCALAR if kind in SCALAR else of_a_vector(kind))
 
 
 @gpu
-def test_few_sequences_take_keys_alone(started):
-    found = errors(inputs_of("gdn", Shape(1, 128, 2, 2, 128, 128)), "triton")
+@pytest.mark.parametrize(("kind", "keys"), [("gdn", KEYS), ("kda", VECTOR_KEYS), ("gdn2", VECTOR_KEYS)])
+def test_few_sequences_take_keys_alone(started, kind, keys):
+    found = errors(inputs_of(kind, Shape(1, 128, 2, 2, 128, 128), given_state=False), "triton")
     assert not failures(found, torch.bfloat16), found
-    assert started == {KEYS}
+    assert started == {keys}
 
 
 @gpu
@@ -199,9 +206,9 @@ def test_unaligned_keys_take_the_kernels_in_triton(started):
 
 
 @gpu
-@pytest.mark.parametrize("kind", ["gdn", "delta", "linear"])
+@pytest.mark.parametrize("kind", ["gdn", "delta", "linear", "kda", "gdn2", "gla"])
 def test_the_same_bits_each_time_and_without_a_backward(started, kind):
-    inputs = inputs_of(kind, Shape(16, 2048, 16, 16, 128, 128), drawn_on="cuda")
+    inputs = inputs_of(kind, Shape(16, 2048, 16, 16, 128, 128), drawn_on="cuda", given_state=False)
     first = gradients_of(inputs)
     for _ in range(3):
         assert all(torch.equal(x, y) for x, y in zip(first, gradients_of(inputs), strict=True))
@@ -209,4 +216,4 @@ def test_the_same_bits_each_time_and_without_a_backward(started, kind):
         rest = {name: x for name, x in inputs.items() if name not in ("q", "k", "v")}
         o, final = linear_attention(inputs["q"], inputs["k"], inputs["v"], **rest, backend="triton")
     assert torch.equal(o, first[0]) and torch.equal(final, first[1])
-    assert started == ALL_SCALAR
+    assert started == (ALL_SCALAR if kind in SCALAR else of_a_vector(kind))

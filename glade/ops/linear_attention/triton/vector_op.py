@@ -185,11 +185,14 @@ def _backward_keys(
     call: Call, spans: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], R, dR, dS, dP, dT, carried
 ):
     launch = call.config.keys
-    BK = call.keys_block
+    in_gluon = hopper.serves_vector_keys(call, carried, q, k, g, erase, do)
+    BK = hopper.CHANNELS if in_gluon else call.keys_block
     num_blocks = call.KP // BK
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)
     dg, d_erase = call.gradient_in_parts(g, num_blocks), call.gradient_in_parts(erase, num_blocks)
-    if spans.count > 0:
+    if in_gluon:
+        hopper.vector_keys(call, spans, do, q, k, g, erase, scale, kept, R, dR, dS, dP, dT, dq, dk, dg, d_erase)
+    elif spans.count > 0:
         G, decay, S = kept[0], kept[4], kept[8]
         size = call.chunk * call.span
         launch = launch._replace(warps=min(launch.warps, max(BK, size) // 16 if call.gate == 2 else BK // 16))

@@ -5,6 +5,7 @@
     scalar_states       the passes over states of `triton/scalar_states.py`: scalar gates
     scalar_keys         the gradients of `triton/scalar_keys.py`
     vector_states       the passes over states of `triton/states.py`: a vector decay
+    vector_keys         the gradients of `triton/vector_keys.py`, with an erase
 
 The equations, and the forms in memory of what is kept, are those of the kernels in Triton.
 """

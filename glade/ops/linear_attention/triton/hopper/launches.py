@@ -29,6 +29,7 @@ try:
         hopper_scalar_backward_kernel,
         hopper_scalar_forward_kernel,
     )
+    from glade.ops.linear_attention.triton.hopper.vector_keys import hopper_vector_keys_kernel
     from glade.ops.linear_attention.triton.hopper.vector_states import (
         hopper_vector_backward_kernel,
         hopper_vector_forward_kernel,
@@ -53,6 +54,7 @@ else:
 CHUNK = 32
 SPAN, KEYS = 2, 32  # of `scalar_keys`: chunks of a program, key channels at a time
 VALUES = 64  # channels of a program of the passes: the rows of a product
+CHANNELS = 64  # of `vector_keys`, at a time
 PROCESSORS = 132
 MOST_TOKEN_HEADS = 2**29  # places in a tensor are told to TMA in 32 bits, and a state has four rows for a token
 # Of 256 threads, which are as many as copy and compute, so that two programs share a processor's 65,536.
@@ -75,6 +77,16 @@ def serves_vector_states(call: Call, chunks: Chunks, *inputs: Tensor | None) -> 
     """Whether a call whose decay is a vector is for the passes over states here: v and a vector write, or do."""
     given = tuple(x for x in inputs if x is not None)
     return call.gate == 2 and _many(call, chunks, MULTIPROCESSORS) and _fits(call, given)
+
+
+def serves_vector_keys(call: Call, carried: Tensor | None, q: Tensor, k: Tensor, g, erase, do: Tensor) -> bool:
+    """Whether a call whose decay is a vector is for `vector_keys` here: with an erase, spans of one chunk, and without
+    a given state, part of which `carried` is."""
+    if call.gate != 2 or call.erase == 0 or call.span != 1 or carried is not None or g.dtype != torch.float32:
+        return False
+    vectors = (q, k, erase, do) if call.erase == 2 else (q, k, do)
+    even = erase.dim() == 4 or call.B == 1 or erase.stride(0) == call.T * erase.stride(1)
+    return even and _fits(call, vectors) and _lies_by_tokens(g)
 
 
 def _many(call: Call, chunks: Chunks, enough: int) -> bool:
@@ -172,6 +184,24 @@ def vector_backward_states(
         _tokens(do, VALUES), *_prepared(call, kept), d_final, dR, _rows(dS, call.V, call.K, VALUES),
         *_in_sequences(chunks), *_in_sequences(spans), *constants(call.HV, call.K, call.V, token_stride(dR)),
         SPAN=call.span, ERASE=call.erase > 0, STAGES=_stages(call, chunks), **OPTIONS,
+    )  # fmt: skip
+
+
+def vector_keys(
+    call: Call, spans: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], R, dR, dS, dP, dT, dq, dk, dg, d_erase
+) -> None:  # fmt: skip
+    S = kept[8]
+    tiles = spans.count * call.HV
+    vector = call.erase == 2
+    start(
+        hopper_vector_keys_kernel, min(tiles, 2 * PROCESSORS),
+        *(_tokens(x, CHANNELS) for x in (do, R, dR)), _squares(dP), _squares(dT),
+        *(_tokens(x, CHANNELS) for x in (q, k, g)), _tokens(erase, CHANNELS) if vector else None,
+        *(_rows(x, call.V, CHANNELS, CHANNELS) for x in (S, dS)),
+        None if vector else erase, constants(*erase.stride()[1:3]), dq, dk, d_erase, dg,
+        tiles, call.num_token_heads, scale,
+        *constants(call.HV, call.group, call.K, call.V, token_stride(dq), token_stride(dk)),
+        ERASE=call.erase, **OPTIONS,
     )  # fmt: skip
 
 

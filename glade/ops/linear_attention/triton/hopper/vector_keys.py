@@ -1,0 +1,271 @@
+"""The gradients of q, k, erase and g of `triton/vector_keys.py` for sm_90: its equations, for spans of one chunk.
+
+A program takes one chunk and head after the other, 64 channels at a time, all as channels by tokens. Pairs are products
+with whole matrices of a chunk's pairs, of which those of other levels are zero: they are made once for all channels.
+Sums of logs are products with matrices of zeros and ones, made once for all chunks.
+"""
+
+# Triton need not be installed where there is no GPU
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from glade.ops.linear_attention.triton.hopper.pipeline import (
+    BY_COLUMNS,
+    BY_VALUES,
+    COPYING_REGISTERS,
+    COPYING_WARPS,
+    all_stages_for,
+    barriers,
+    bytes_of,
+    left_of,
+    load_turned,
+    sums_of,
+    wait_until_empty,
+    wait_until_full,
+)
+from glade.ops.linear_attention.triton.tiles import LEAST_LOG, LOG2_E, SCALAR, VECTOR
+
+LEVELS = gl.constexpr(5)  # of the pairs of 32 tokens
+UP_TO, BEHIND, FROM_HERE = (
+    gl.constexpr(5),
+    gl.constexpr(6),
+    gl.constexpr(7),
+)  # of `ones`, behind a matrix for each level
+# of fp32, where `BY_VALUES` is of bf16
+BY_WIDE_VALUES = gl.constexpr(gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1]))
+
+
+@gluon.jit
+def copy_chunks(
+    values, to_values, pairs, to_pairs, channels, to_channels, states, to_states,
+    full_values, empty_values, full_channels, empty_channels, full_states, empty_states,
+    first, end, step, HV, GROUP, K, V,
+):  # fmt: skip
+    """The copying warp: of a chunk do, R, dR^, dP and dT, then, BK channels at a time, q, k, g and a vector erase, and
+    S and dS by blocks of value channels."""
+    C: gl.constexpr = channels[0].block_type.shape[0]
+    BK: gl.constexpr = channels[0].block_type.shape[1]
+    BV: gl.constexpr = states[0].block_type.shape[1]
+    for tile in range(first, end, step):
+        span, head, number = tile // HV, tile % HV, (tile - first) // step
+        stage = wait_until_empty(empty_values, number)
+        barrier = full_values.index(stage)
+        mbarrier.expect(barrier, bytes_of(values) * (V // BV) + bytes_of(pairs))
+        for i in gl.static_range(len(pairs)):
+            tma.async_copy_global_to_shared(pairs[i], [tile * C, 0], barrier, to_pairs[i].index(stage))
+        for i in gl.static_range(len(values)):
+            for v in gl.static_range(V // BV):
+                place = [span * C, head * V + v * BV]
+                tma.async_copy_global_to_shared(values[i], place, barrier, to_values[i].index(v))
+        for block in range(K // BK):
+            number_of_block = number * (K // BK) + block
+            stage = wait_until_empty(empty_channels, number_of_block)
+            barrier = full_channels.index(stage)
+            mbarrier.expect(barrier, bytes_of(channels))
+            for i in gl.static_range(len(channels)):
+                place = [span * C, (head // GROUP if i < 2 else head) * K + block * BK]
+                tma.async_copy_global_to_shared(channels[i], place, barrier, to_channels[i].index(stage))
+            for v in gl.static_range(V // BV):
+                stage = wait_until_empty(empty_states, number_of_block * (V // BV) + v)
+                barrier = full_states.index(stage)
+                mbarrier.expect(barrier, bytes_of(states))
+                for i in gl.static_range(len(states)):
+                    place = [tile * K + block * BK, v * BV]
+                    tma.async_copy_global_to_shared(states[i], place, barrier, to_states[i].index(stage))
+
+
+@gluon.jit
+def store_ones(ones, other, token):
+    """[others, tokens], ones where an other's log is part of a token's sum: by level, those between the token and the
+    first one of the later half of its block; all up to it; all behind it; and, of other sums, all from it on."""
+    for level in gl.static_range(LEVELS):
+        anchor = (token | (1 << level)) & (-(1 << level))
+        between = ((other > anchor) & (other <= token)) | ((other > token) & (other <= anchor))
+        ones.index(level).store(gl.where(between, 1.0, 0.0).to(gl.bfloat16))
+    ones.index(UP_TO).store(gl.where(other <= token, 1.0, 0.0).to(gl.bfloat16))
+    ones.index(BEHIND).store(gl.where(other > token, 1.0, 0.0).to(gl.bfloat16))
+    ones.index(FROM_HERE).store(gl.where(other >= token, 1.0, 0.0).to(gl.bfloat16))
+
+
+@gluon.jit
+def store_levels(by_level, pairs, other, token):
+    """The pairs of each level by themselves; they lie on both sides of the diagonal."""
+    for level in gl.static_range(LEVELS):
+        by_level.index(level).store(gl.where(((other ^ token) >> level) == 1, pairs, 0.0).to(gl.bfloat16))
+
+
+@gluon.jit
+def sum_of(high, rest, ones, zeros):
+    """The product of a sum in two parts with zeros and ones, under way."""
+    return warpgroup_mma(rest, ones, warpgroup_mma(high, ones, zeros, is_async=True), is_async=True)
+
+
+@gluon.jit
+def in_two_parts(x, SUMS: gl.constexpr):
+    """x as the sum of two of bf16, left sides of products."""
+    high = x.to(gl.bfloat16)
+    rest = (x - high.to(gl.float32)).to(gl.bfloat16)
+    return gl.convert_layout(high, left_of(SUMS)), gl.convert_layout(rest, left_of(SUMS))
+
+
+@gluon.jit
+def compute_keys(
+    to_values, to_pairs, to_channels, to_states, ones, dP_by_level, dT_by_level,
+    full_values, empty_values, full_channels, empty_channels, full_states, empty_states,
+    erase, erase_strides, dq, dk, d_erase, dg,
+    first, end, step, HV, num_token_heads, scale, K, V, dq_stride, dk_stride, ERASE: gl.constexpr,
+):  # fmt: skip
+    do, R, dR = to_values
+    C: gl.constexpr = do.shape[1]
+    BV: gl.constexpr = do.shape[2]
+    BK: gl.constexpr = to_channels[0].shape[2]
+    SUMS: gl.constexpr = sums_of(C)  # [channels, tokens]
+    PAIRS: gl.constexpr = BY_COLUMNS
+    other = gl.arange(0, C, gl.SliceLayout(1, PAIRS))[:, None]
+    token = gl.arange(0, C, gl.SliceLayout(0, PAIRS))[None, :]
+    store_ones(ones, other, token)
+    zeros = gl.zeros([BK, C], gl.float32, SUMS)
+    row = gl.arange(0, C, gl.SliceLayout(0, SUMS))
+    channel = gl.arange(0, BK, gl.SliceLayout(1, BY_VALUES))[:, None]
+    place = gl.arange(0, C, gl.SliceLayout(0, BY_VALUES))[None, :]
+    wide_channel = gl.arange(0, BK, gl.SliceLayout(1, BY_WIDE_VALUES))[:, None]
+    wide_place = gl.arange(0, C, gl.SliceLayout(0, BY_WIDE_VALUES))[None, :]
+    for tile in range(first, end, step):
+        span, head, number = tile // HV, tile % HV, (tile - first) // step
+        first_token = (span * C).to(gl.int64)
+        stage = wait_until_full(full_values, number)
+        d_products = to_pairs[0].index(stage).load(PAIRS)
+        store_levels(dP_by_level, d_products, other, token)
+        store_levels(dT_by_level, to_pairs[1].index(stage).load(PAIRS), other, token)
+        with_itself = gl.sum(gl.where(other == token, d_products.to(gl.float32), 0.0), 0)
+        with_itself = gl.convert_layout(with_itself, gl.SliceLayout(0, SUMS))[None, :]
+        fence_async_shared()
+        if ERASE == SCALAR:
+            of_tokens = erase + first_token * erase_strides[0] + head * erase_strides[1]
+            gate = gl.load(of_tokens + row * erase_strides[0]).to(gl.float32)[None, :]
+        for block in range(K // BK):
+            number_of_block = number * (K // BK) + block
+            stage = wait_until_full(full_channels, number_of_block)
+            q_tile = to_channels[0].index(stage).permute((1, 0)).load(SUMS)
+            k_tile = to_channels[1].index(stage).permute((1, 0)).load(SUMS)
+            logs = gl.maximum(load_turned(to_channels[2], stage, SUMS) * LOG2_E, LEAST_LOG)
+            if ERASE == VECTOR:
+                gate_tile = to_channels[3].index(stage).permute((1, 0)).load(SUMS)
+            mbarrier.arrive(empty_channels.index(stage), count=1)
+            high, rest = in_two_parts(logs, SUMS)
+            up_to = sum_of(high, rest, ones.index(UP_TO), zeros)
+            behind = sum_of(high, rest, ones.index(BEHIND), zeros)
+            q_sum, k_sum, e_sum = zeros, zeros, zeros
+            carried = gl.zeros([BK], gl.float32, gl.SliceLayout(1, BY_COLUMNS))
+            for v in gl.static_range(V // BV):
+                stage = wait_until_full(full_states, number_of_block * (V // BV) + v)
+                S, dS = to_states[0].index(stage), to_states[1].index(stage)
+                q_sum = warpgroup_mma(S, do.index(v).permute((1, 0)), q_sum, is_async=True)
+                e_sum = warpgroup_mma(S, dR.index(v).permute((1, 0)), e_sum, is_async=True)
+                k_sum = warpgroup_mma(dS, R.index(v).permute((1, 0)), k_sum, is_async=True)
+                carried += gl.sum(S.load(BY_COLUMNS).to(gl.float32) * dS.load(BY_COLUMNS).to(gl.float32), 1)
+                q_sum, e_sum, k_sum = warpgroup_mma_wait(0, deps=[q_sum, e_sum, k_sum])
+                mbarrier.arrive(empty_states.index(stage), count=1)
+            if block == K // BK - 1:
+                mbarrier.arrive(empty_values.index(0), count=1)
+            up_to, behind = warpgroup_mma_wait(0, deps=[up_to, behind])
+            to_row = gl.exp2(up_to)
+            q_sum *= to_row * scale
+            e_sum *= -to_row
+            k_sum *= gl.exp2(behind)
+            # what goes on to the end of the chunk has part in the gradient of every row's decay
+            onward = gl.convert_layout(carried, gl.SliceLayout(1, SUMS)) * gl.exp2(gl.min(up_to, 1))  # they never rise
+            onward += gl.sum(k_tile.to(gl.float32) * k_sum, 1)
+            for level in gl.static_range(LEVELS):
+                # the logs' rest is left out, as in `triton/vector_keys.py`
+                x = gl.exp2(warpgroup_mma(high, ones.index(level), zeros))
+                late = (((row >> level) & 1) == 1)[None, :]
+                k = k_tile.to(gl.float32)
+                if ERASE == VECTOR:
+                    gate = gate_tile.to(gl.float32)
+                left = (gl.where(late, q_tile.to(gl.float32), k) * x).to(gl.bfloat16)
+                of_products = warpgroup_mma(
+                    gl.convert_layout(left, left_of(SUMS)), dP_by_level.index(level), zeros, is_async=True
+                )
+                left = (gl.where(late, gate, 1.0) * (k * x)).to(gl.bfloat16)
+                of_lower = warpgroup_mma(
+                    gl.convert_layout(left, left_of(SUMS)), dT_by_level.index(level), zeros, is_async=True
+                )
+                of_products, of_lower = warpgroup_mma_wait(0, deps=[of_products, of_lower])
+                of_products *= x
+                of_lower *= x
+                q_sum += gl.where(late, of_products, 0.0)
+                e_sum += gl.where(late, of_lower, 0.0)
+                k_sum += gl.where(late, 0.0, of_products + of_lower)
+            q, k = q_tile.to(gl.float32), k_tile.to(gl.float32)
+            if ERASE == VECTOR:
+                gate = gate_tile.to(gl.float32)
+            of_erase = k * e_sum
+            # the diagonal pairs, which do not decay, are not in these sums yet
+            high, rest = in_two_parts(q * q_sum - k * k_sum + gate * of_erase, SUMS)
+            gradient = sum_of(high, rest, ones.index(FROM_HERE), zeros)
+            of_block = head * K + block * BK
+            to_q = dq + first_token * dq_stride + of_block
+            of_q = gl.convert_layout((q_sum + with_itself * k).to(dq.dtype.element_ty), BY_VALUES)
+            gl.store(to_q + channel + place * dq_stride, of_q)
+            to_k = dk + first_token * dk_stride + of_block
+            of_k = k_sum + with_itself * q + gate * e_sum
+            gl.store(to_k + channel + place * dk_stride, gl.convert_layout(of_k.to(dk.dtype.element_ty), BY_VALUES))
+            if ERASE == VECTOR:
+                to_e = d_erase + first_token * (HV * K) + of_block
+                of_erase = gl.convert_layout(of_erase.to(d_erase.dtype.element_ty), BY_VALUES)
+                gl.store(to_e + channel + place * (HV * K), of_erase)
+            else:
+                to_e = d_erase + block.to(gl.int64) * num_token_heads + first_token * HV + head
+                gl.store(to_e + row * HV, gl.sum(of_erase, 0).to(d_erase.dtype.element_ty))
+            gradient = warpgroup_mma_wait(0, deps=[gradient]) + onward[:, None]
+            to_g = dg + first_token * (HV * K) + of_block
+            gl.store(to_g + wide_channel + wide_place * (HV * K), gl.convert_layout(gradient, BY_WIDE_VALUES))
+
+
+@gluon.jit
+def hopper_vector_keys_kernel(
+    do, R, dR, dP, dT, q, k, g, erase, S, dS, erase_rows, erase_strides, dq, dk, d_erase, dg,
+    num_tiles, num_token_heads, scale,
+    HV, GROUP, K, V, dq_stride, dk_stride, ERASE: gl.constexpr,
+):  # fmt: skip
+    C: gl.constexpr = q.block_type.shape[0]
+    BV: gl.constexpr = do.block_type.shape[1]
+    SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
+    values, pairs, channels, states = (do, R, dR), (dP, dT), (q, k, g), (S, dS)
+    if ERASE == VECTOR:
+        channels += (erase,)
+    to_values, to_pairs = all_stages_for(values, V // BV), all_stages_for(pairs, 1)
+    to_channels, to_states = all_stages_for(channels, 1), all_stages_for(states, 1)
+    ones = gl.allocate_shared_memory(gl.bfloat16, [LEVELS + 3, C, C], SQUARE)
+    dP_by_level = gl.allocate_shared_memory(gl.bfloat16, [LEVELS, C, C], SQUARE)
+    dT_by_level = gl.allocate_shared_memory(gl.bfloat16, [LEVELS, C, C], SQUARE)
+    full_values, empty_values = barriers(1)
+    full_channels, empty_channels = barriers(1)
+    full_states, empty_states = barriers(1)
+    first, step = gl.program_id(0), gl.num_programs(0)
+    gl.warp_specialize(
+        [
+            (compute_keys, (
+                to_values, to_pairs, to_channels, to_states, ones, dP_by_level, dT_by_level,
+                full_values, empty_values, full_channels, empty_channels, full_states, empty_states,
+                erase_rows, erase_strides, dq, dk, d_erase, dg,
+                first, num_tiles, step, HV, num_token_heads, scale, K, V, dq_stride, dk_stride, ERASE,
+            )),
+            (copy_chunks, (
+                values, to_values, pairs, to_pairs, channels, to_channels, states, to_states,
+                full_values, empty_values, full_channels, empty_channels, full_states, empty_states,
+                first, num_tiles, step, HV, GROUP, K, V,
+            )),
+        ],
+        [COPYING_WARPS], [COPYING_REGISTERS],
+    )  # fmt: skip
