@@ -17,6 +17,7 @@ COPYING_REGISTERS = gl.constexpr(24)  # a thread's; those that compute have what
 # Where threads keep [values, columns] that they load or store, the columns, or the values, beside each other in memory.
 BY_COLUMNS = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
 BY_VALUES = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
+BY_WIDE_VALUES = gl.constexpr(gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1]))  # of fp32
 
 
 @gluon.constexpr_function
@@ -142,8 +143,8 @@ def load_row(buffer, stage, SUMS: gl.constexpr):
 @gluon.jit
 def state_at(sequence_head, block, K, V, BV: gl.constexpr):
     """Where a state lies that is given or returned, [values, keys]."""
-    values = block * BV + gl.arange(0, BV, gl.SliceLayout(1, BY_COLUMNS))[:, None]
-    keys = gl.arange(0, K, gl.SliceLayout(0, BY_COLUMNS))[None, :]
+    values = block * BV + gl.arange(0, BV, gl.SliceLayout(1, BY_WIDE_VALUES))[:, None]
+    keys = gl.arange(0, K, gl.SliceLayout(0, BY_WIDE_VALUES))[None, :]
     return sequence_head.to(gl.int64) * K * V + (keys * V + values)
 
 

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from glade.ops.linear_attention.triton.hopper.pipeline import (
     BY_COLUMNS,
     BY_VALUES,
+    BY_WIDE_VALUES,
     COPYING_REGISTERS,
     COPYING_WARPS,
     all_stages_for,
@@ -40,8 +41,6 @@ UP_TO, BEHIND, FROM_HERE = (
     gl.constexpr(6),
     gl.constexpr(7),
 )  # of `ones`, behind a matrix for each level
-# of fp32, where `BY_VALUES` is of bf16
-BY_WIDE_VALUES = gl.constexpr(gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1]))
 
 
 @gluon.jit

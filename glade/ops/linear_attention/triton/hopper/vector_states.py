@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from glade.ops.linear_attention.triton.hopper.pipeline import (
-    BY_COLUMNS,
     BY_VALUES,
+    BY_WIDE_VALUES,
     COPYING_REGISTERS,
     COPYING_WARPS,
     all_stages_for,
@@ -103,7 +103,7 @@ def compute_forward(
     fence_async_shared()
     tma.async_copy_shared_to_global(o, [(end - 1) * C, of_values], out_buffer)
     if final is not None:
-        gl.store(final + at, gl.convert_layout(S, BY_COLUMNS))
+        gl.store(final + at, gl.convert_layout(S, BY_WIDE_VALUES))
     tma.store_wait(0)
 
 
