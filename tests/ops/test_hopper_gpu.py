@@ -21,7 +21,8 @@ from glade.ops.tolerances import relative_error
 gpu = pytest.mark.gpu
 ALL_SCALAR = {f"hopper_scalar_{name}_kernel" for name in ("forward", "backward", "keys")}
 ALL_VECTOR = {f"hopper_vector_{name}_kernel" for name in ("forward", "backward", "keys")}
-KEYS, FORWARD, VECTOR_KEYS = (f"hopper_{name}_kernel" for name in ("scalar_keys", "vector_forward", "vector_keys"))
+KEYS, FORWARD = "hopper_scalar_keys_kernel", "hopper_vector_forward_kernel"
+VECTOR_KEYS, SPAN_KEYS = "hopper_vector_keys_kernel", "hopper_vector_span_keys_kernel"
 KINDS = {
     "gdn": CORNERS["gdn"],
     "delta": CORNERS["delta"],
@@ -65,7 +66,7 @@ def started(hopper, monkeypatch):
 
 
 def of_a_vector(kind):
-    return ALL_VECTOR if KINDS[kind].erase != "none" else ALL_VECTOR - {VECTOR_KEYS}
+    return ALL_VECTOR if KINDS[kind].erase != "none" else ALL_VECTOR - {VECTOR_KEYS} | {SPAN_KEYS}
 
 
 def inputs_of(kind, shape, **settings):
@@ -122,7 +123,7 @@ def test_parity(hopper, started, monkeypatch, kind, dims, gate):
 @pytest.mark.parametrize("dims", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize("kind", VECTOR)
 def test_parity_of_a_vector_decay(hopper, started, monkeypatch, kind, dims, gate, given_state):
-    """What a given state has beyond its rounding is for the kernels in Triton; and so are keys of which none erases."""
+    """What a given state has beyond its rounding is for the kernels in Triton."""
     inputs = inputs_of(kind, Shape(*MANY, *dims), gate=gate, given_state=given_state)
     check_two_rows(inputs)
     assert started == ({FORWARD} if given_state else of_a_vector(kind))
@@ -139,7 +140,9 @@ def test_segments_of_a_sequence(started, kind):
 
 
 @gpu
-@pytest.mark.parametrize(("kind", "keys"), [("gdn", KEYS), ("kda", VECTOR_KEYS), ("gdn2", VECTOR_KEYS)])
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("gdn", KEYS), ("kda", VECTOR_KEYS), ("gdn2", VECTOR_KEYS), ("gla", SPAN_KEYS)]
+)
 def test_few_sequences_take_keys_alone(started, kind, keys):
     found = errors(inputs_of(kind, Shape(1, 128, 2, 2, 128, 128), given_state=False), "triton")
     assert not failures(found, torch.bfloat16), found

@@ -185,7 +185,7 @@ def _backward_keys(
     call: Call, spans: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], R, dR, dS, dP, dT, carried
 ):
     launch = call.config.keys
-    in_gluon = hopper.serves_vector_keys(call, carried, q, k, g, erase, do)
+    in_gluon = hopper.serves_vector_keys(call, carried, q, k, g, erase, do, R)
     BK = hopper.CHANNELS if in_gluon else call.keys_block
     num_blocks = call.KP // BK
     dq, dk = call.gradient_of_keys(q), call.gradient_of_keys(k)

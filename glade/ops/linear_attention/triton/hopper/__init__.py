@@ -6,6 +6,7 @@
     scalar_keys         the gradients of `triton/scalar_keys.py`
     vector_states       the passes over states of `triton/states.py`: a vector decay
     vector_keys         the gradients of `triton/vector_keys.py`, with an erase
+    vector_span_keys    and without, spans of two chunks
 
 The equations, and the forms in memory of what is kept, are those of the kernels in Triton.
 """

@@ -30,6 +30,7 @@ try:
         hopper_scalar_forward_kernel,
     )
     from glade.ops.linear_attention.triton.hopper.vector_keys import hopper_vector_keys_kernel
+    from glade.ops.linear_attention.triton.hopper.vector_span_keys import hopper_vector_span_keys_kernel
     from glade.ops.linear_attention.triton.hopper.vector_states import (
         hopper_vector_backward_kernel,
         hopper_vector_forward_kernel,
@@ -79,13 +80,13 @@ def serves_vector_states(call: Call, chunks: Chunks, *inputs: Tensor | None) -> 
     return call.gate == 2 and _many(call, chunks, MULTIPROCESSORS) and _fits(call, given)
 
 
-def serves_vector_keys(call: Call, carried: Tensor | None, q: Tensor, k: Tensor, g, erase, do: Tensor) -> bool:
-    """Whether a call whose decay is a vector is for `vector_keys` here: with an erase, spans of one chunk, and without
-    a given state, part of which `carried` is."""
-    if call.gate != 2 or call.erase == 0 or call.span != 1 or carried is not None or g.dtype != torch.float32:
+def serves_vector_keys(call: Call, carried: Tensor | None, q: Tensor, k: Tensor, g, erase, do: Tensor, R) -> bool:
+    """Whether a call whose decay is a vector is for `vector_keys` here, with an erase and spans of one chunk, or for
+    `vector_span_keys`, without and with spans of two; and without a given state, part of which `carried` is."""
+    if call.gate != 2 or call.span != (1 if call.erase else 2) or carried is not None or g.dtype != torch.float32:
         return False
-    vectors = (q, k, erase, do) if call.erase == 2 else (q, k, do)
-    even = erase.dim() == 4 or call.B == 1 or erase.stride(0) == call.T * erase.stride(1)
+    vectors = (q, k, do, R, erase) if call.erase == 2 else (q, k, do, R)
+    even = call.erase != 1 or call.B == 1 or erase.stride(0) == call.T * erase.stride(1)
     return even and _fits(call, vectors) and _lies_by_tokens(g)
 
 
@@ -190,18 +191,24 @@ def vector_backward_states(
 def vector_keys(
     call: Call, spans: Chunks, do, q, k, g, erase, scale, kept: list[Tensor], R, dR, dS, dP, dT, dq, dk, dg, d_erase
 ) -> None:  # fmt: skip
-    S = kept[8]
     tiles = spans.count * call.HV
+    channels = (_tokens(x, CHANNELS) for x in (q, k, g))
+    states = (_rows(x, call.V, CHANNELS, CHANNELS) for x in (kept[8], dS))
+    numbers = constants(call.HV, call.group, call.K, call.V, token_stride(dq), token_stride(dk))
+    if call.erase == 0:
+        start(
+            hopper_vector_span_keys_kernel, min(tiles, 2 * PROCESSORS),
+            _tokens(do, CHANNELS), _tokens(R, CHANNELS), _rows(dP, 2 * CHUNK, CHUNK, CHUNK), *channels, *states,
+            dq, dk, dg, tiles, scale, *numbers, **OPTIONS,
+        )  # fmt: skip
+        return
     vector = call.erase == 2
     start(
         hopper_vector_keys_kernel, min(tiles, 2 * PROCESSORS),
         *(_tokens(x, CHANNELS) for x in (do, R, dR)), _squares(dP), _squares(dT),
-        *(_tokens(x, CHANNELS) for x in (q, k, g)), _tokens(erase, CHANNELS) if vector else None,
-        *(_rows(x, call.V, CHANNELS, CHANNELS) for x in (S, dS)),
+        *channels, _tokens(erase, CHANNELS) if vector else None, *states,
         None if vector else erase, constants(*erase.stride()[1:3]), dq, dk, d_erase, dg,
-        tiles, call.num_token_heads, scale,
-        *constants(call.HV, call.group, call.K, call.V, token_stride(dq), token_stride(dk)),
-        ERASE=call.erase, **OPTIONS,
+        tiles, call.num_token_heads, scale, *numbers, ERASE=call.erase, **OPTIONS,
     )  # fmt: skip
 
 

@@ -96,10 +96,10 @@ def store_ones(ones, other, token):
 
 
 @gluon.jit
-def store_levels(by_level, pairs, other, token):
-    """The pairs of each level by themselves; they lie on both sides of the diagonal."""
+def store_levels(by_level, pairs, other, token, FIRST: gl.constexpr):
+    """The pairs of each level by themselves, from place FIRST on; they lie on both sides of the diagonal."""
     for level in gl.static_range(LEVELS):
-        by_level.index(level).store(gl.where(((other ^ token) >> level) == 1, pairs, 0.0).to(gl.bfloat16))
+        by_level.index(FIRST + level).store(gl.where(((other ^ token) >> level) == 1, pairs, 0.0).to(gl.bfloat16))
 
 
 @gluon.jit
@@ -143,8 +143,8 @@ def compute_keys(
         first_token = (span * C).to(gl.int64)
         stage = wait_until_full(full_values, number)
         d_products = to_pairs[0].index(stage).load(PAIRS)
-        store_levels(dP_by_level, d_products, other, token)
-        store_levels(dT_by_level, to_pairs[1].index(stage).load(PAIRS), other, token)
+        store_levels(dP_by_level, d_products, other, token, 0)
+        store_levels(dT_by_level, to_pairs[1].index(stage).load(PAIRS), other, token, 0)
         with_itself = gl.sum(gl.where(other == token, d_products.to(gl.float32), 0.0), 0)
         with_itself = gl.convert_layout(with_itself, gl.SliceLayout(0, SUMS))[None, :]
         fence_async_shared()
