@@ -196,6 +196,8 @@ def compute_keys(
             onward = gl.convert_layout(carried, gl.SliceLayout(1, SUMS)) * (all0 * all1)
             onward += gl.sum(k0.to(gl.float32) * k_sum0 + k1.to(gl.float32) * k_sum1, 1)
             to_late, to_early = warpgroup_mma_wait(0, deps=[to_late, to_early])
+            if block == K // BK - 1:
+                mbarrier.arrive(empty_pairs.index(0), count=1)
             q_sum1 = up1 * (q_sum1 * (all0 * scale)[:, None] + to_late)
             k_sum0 += behind0 * to_early
 
@@ -219,7 +221,6 @@ def compute_keys(
             store_half(q_sum0, k_sum0, q0, k0, of_early, to_q, to_k, dq_stride, dk_stride, C)
             gradient = warpgroup_mma_wait(0, deps=[gradient]) + onward[:, None]
             gl.store(to_g + wide_channel + wide_token * (HV * K), gl.convert_layout(gradient, BY_WIDE_VALUES))
-        mbarrier.arrive(empty_pairs.index(0), count=1)
 
 
 @gluon.jit
