@@ -15,6 +15,7 @@ from matplotlib import pyplot
 
 ROOT = Path(__file__).parent.parent
 MODES = ("forward", "forward+backward")
+COLUMNS = {"op", "provider", "mode", "shape", "device", "median_ms", "copy_share"}  # that are read
 
 
 def shape_label(shape: str) -> str:
@@ -32,11 +33,12 @@ def draw(axes, rows: list[dict[str, str]], colours: dict[str, str]) -> None:
         at = [x for x, shape in enumerate(shapes) if shape in found]
         heights = [float(found[shapes[x]]["median_ms"]) for x in at]
         bars = axes.bar([x - 0.4 + width * (i + 0.5) for x in at], heights, width, label=name, color=colours[name])
-        axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2, rotation=90)  # upright they would lie over each other
     for x, shape in enumerate(shapes):
         row = next(r for r in rows if r["shape"] == shape)
         axes.hlines(float(row["copy_share"]) * float(row["median_ms"]), x - 0.4, x + 0.4, color="black", linewidth=1)
     axes.set_xticks(range(len(shapes)), [shape_label(shape) for shape in shapes], fontsize=8)
+    axes.margins(y=0.12)
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -44,12 +46,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     arguments = parser.parse_args()
+    written = "give one that bench/ops.py --out has written, as bench/results/ops_h200.csv"
     if not arguments.rows.is_file():
-        parser.error(
-            f"{arguments.rows} is no file; give one that bench/ops.py --out has written, as bench/results/*.csv"
-        )
+        parser.error(f"{arguments.rows} is no file; {written}")
     with arguments.rows.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["mode"] in MODES and row["shape"].endswith("H16 K128 V128")]
+        table = csv.DictReader(file)
+        if missing := COLUMNS - set(table.fieldnames or ()):
+            parser.error(f"{arguments.rows} has no {', '.join(sorted(missing))}; {written}")
+        rows = [row for row in table if row["mode"] in MODES and row["shape"].endswith("H16 K128 V128")]
     if not rows:
         parser.error(f"{arguments.rows} has no times of 16 heads of 128, which is what is drawn")
     corners = list(dict.fromkeys(row["op"] for row in rows))

@@ -98,6 +98,18 @@ def test_packed_equals_separate() -> None:
         start += lengths[i]
 
 
+@pytest.mark.parametrize("T", [1, 7])
+def test_rows_are_documents_of_one_length(T) -> None:
+    def of_documents(x: Tensor, w_hh: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        h, final = rnn(x.reshape(1, 3 * T, 4), w_hh, state=state, cu_seqlens=borders([T] * 3))
+        return h.view_as(x), final
+
+    tensors = inputs(3, T, 4, 3)
+    of_rows = outputs_and_gradients(lambda x, w_hh, state: rnn(x, w_hh, state=state), tensors)
+    for found, expected in zip(of_rows, outputs_and_gradients(of_documents, tensors), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_a_later_token_changes_no_earlier_bit() -> None:
     x, w_hh, _ = inputs(1, 20, 6, 1)
     before, _ = rnn(x, w_hh)

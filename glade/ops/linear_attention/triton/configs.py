@@ -15,8 +15,8 @@ import torch
 
 TABLE = Path(__file__).with_name("table.json")
 
-# of an H100 or H200, which has 132, less a tenth: so many are as good as all
-MULTIPROCESSORS = 120
+PROCESSORS = 132  # of an H100 or H200
+MULTIPROCESSORS = 120  # less a tenth: programs on so many are as good as on all
 LONGEST_OF_A_VECTOR = 32  # tokens of a chunk where g is a vector (`prepare.py`)
 KINDS = ("none", "scalar", "vector")
 

@@ -140,6 +140,18 @@ def tiles_of(x: Tensor, *tile: int) -> TensorDescriptor | None:
     return TensorDescriptor(x, list(x.shape), list(strides), list(tile))
 
 
+def lies_by_tokens(x: Tensor) -> bool:
+    """Whether x [B, T, H, D] is [B T, H D] as it lies, and as copies of whole tiles take it."""
+    return _is_by_tokens(x.shape, x.stride(), 16 // x.element_size()) and x.data_ptr() % 16 == 0
+
+
+@cache
+def _is_by_tokens(shape: tuple[int, ...], strides: tuple[int, ...], aligned: int) -> bool:
+    B, T, _, D = shape
+    row, token, head, channel = strides
+    return (row == T * token or B == 1) and (head, channel) == (D, 1) and token > 0 and token % aligned == 0
+
+
 def device_of(x: Tensor) -> AbstractContextManager:
     """Launches go to the current device, which need not be x's."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():

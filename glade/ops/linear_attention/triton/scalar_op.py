@@ -95,11 +95,11 @@ def _forward_states(
 ) -> None:
     if final is not None and final.numel() == 0:
         return
-    if hopper.serves_scalar_states(call, chunks, q, k, v):
-        hopper.scalar_forward_states(call, chunks, spans, q, k, v, scale, initial, o, final, kept, keep)
-        return
     launch = call.config.forward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
+    if hopper.serves_scalar_states(call, BV, q, k, v):
+        hopper.scalar_forward_states(call, chunks, spans, q, k, v, scale, initial, o, final, kept, keep)
+        return
     # of packed documents a tile would reach into the next one
     widths = ((q, call.KP), (k, call.KP), (v, BV))
     tiles = [None if call.packed else tiles_of(x, 1, call.chunk, 1, width) for x, width in widths]
@@ -140,17 +140,16 @@ def backward(do, d_final, q, k, v, g, erase, write, scale, state, cu_seqlens, ke
 def _backward_states(
     call: Call, chunks: Chunks, spans: Chunks, do, q, k, v, write, scale, d_final, d_state, dv, dR, dS, kept
 ):
-    d_write = call.gradient_in_parts(write, call.VP // 16)
-    if hopper.serves_scalar_states(call, chunks, q, k, v, do):
-        hopper.scalar_backward_states(
-            call, chunks, spans, do, q, k, v, scale, d_final, d_state, dv, d_write, dR, dS, kept
-        )
-        return sum_of_parts(d_write, write)
     launch = call.config.backward
     BV = call.value_block(launch, chunks, FEW_PROGRAMS)
     blocks = call.VP // BV
+    d_write = call.gradient_in_parts(write, call.VP // 16)
     programs = blocks * chunks.sequences * call.HV
-    if programs > 0:
+    if hopper.serves_scalar_states(call, BV, q, k, v, do):
+        hopper.scalar_backward_states(
+            call, chunks, spans, do, q, k, v, scale, d_final, d_state, dv, d_write, dR, dS, kept
+        )
+    elif programs > 0:
         start(
             scalar_backward_states_kernel, programs,
             do, q, k, v, write, *(strides_of(x) for x in (q, k, v, write)),

@@ -25,6 +25,7 @@ from glade.ops.linear_attention.triton.launch import (
     chunks_of,
     constants,
     device_of,
+    lies_by_tokens,
     strides_of,
     tiles_of,
 )
@@ -98,12 +99,12 @@ def _forward_states(
 ) -> None:
     if final is not None and final.numel() == 0:
         return
-    if hopper.serves_vector_states(call, chunks, v, write if call.write == 2 else None):
+    launch = call.config.forward
+    BV = call.value_block(launch, chunks, MULTIPROCESSORS)
+    if hopper.serves_vector_states(call, BV, v, write if call.write == 2 else None):
         hopper.vector_forward_states(call, chunks, spans, v, write, write_rows, initial, o, final, kept, keep)
         return
     _, Qg, Eg, Kt, decay, P, A, R, S, _ = kept
-    launch = call.config.forward
-    BV = call.value_block(launch, chunks, MULTIPROCESSORS)
     start(
         forward_states_kernel, call.VP // BV * chunks.sequences * call.HV,
         v, write, *(strides_of(x) for x in (v, write)), write_rows,
@@ -152,7 +153,7 @@ def _backward_states(
     programs = blocks * chunks.sequences * call.HV
     if programs == 0:
         return carried
-    if d_state is None and hopper.serves_vector_states(call, chunks, do):
+    if d_state is None and hopper.serves_vector_states(call, BV, do):
         hopper.vector_backward_states(call, chunks, spans, do, d_final, dR, dS, kept)
         return carried
     start(
@@ -235,7 +236,7 @@ def _tokens_in_order(call: Call, x: Tensor, size: int, BV: int) -> TensorDescrip
     """Tiles of spans whose tokens come in the order of `tokens_of_columns`, a view of five axes; None where spans are
     not whole, or do not lie one behind the other, or a head has fewer channels than tiles."""
     whole = not call.packed and call.T % size == 0 and call.V == call.VP
-    if not whole or x.stride(0) != call.T * x.stride(1) or x.stride(2) != call.V:
+    if not whole or not lies_by_tokens(x):
         return None
     token, shape = x.stride(1), (call.B * call.T // size, 2, size // 16, 8, call.HV * call.V)
     return tiles_of(x.as_strided(shape, (size * token, 8 * token, 16 * token, token, 1)), 1, 2, size // 16, 8, BV)

@@ -13,9 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from glade.ops.linear_attention.triton.call import FEW_PROGRAMS, Call, token_stride
-from glade.ops.linear_attention.triton.configs import MULTIPROCESSORS, arch_of
-from glade.ops.linear_attention.triton.launch import Chunks, constants
+from glade.ops.linear_attention.triton.call import Call, token_stride
+from glade.ops.linear_attention.triton.configs import PROCESSORS, arch_of
+from glade.ops.linear_attention.triton.launch import Chunks, constants, lies_by_tokens
 from glade.ops.linear_attention.triton.launcher import KIND, of_tiles, start
 
 VERSIONS = ("3.6.",)  # of Triton, that they were tested with on a GPU
@@ -56,7 +56,6 @@ CHUNK = 32
 SPAN, KEYS = 2, 32  # of `scalar_keys`: chunks of a program, key channels at a time
 VALUES = 64  # channels of a program of the passes: the rows of a product
 CHANNELS = 64  # of `vector_keys`, at a time
-PROCESSORS = 132
 MOST_TOKEN_HEADS = 2**29  # places in a tensor are told to TMA in 32 bits, and a state has four rows for a token
 # Of 256 threads, which are as many as copy and compute, so that two programs share a processor's 65,536.
 OPTIONS = dict(num_warps=4, maxnreg=128)
@@ -69,15 +68,15 @@ def serves_scalar_keys(call: Call, *inputs: Tensor) -> bool:
     return gates and (call.span, call.keys_block) == (SPAN, KEYS) and _fits(call, inputs)
 
 
-def serves_scalar_states(call: Call, chunks: Chunks, *inputs: Tensor) -> bool:
-    """The same for the passes over states: where programs are few, Triton's take fewer value channels each."""
-    return _many(call, chunks, FEW_PROGRAMS) and serves_scalar_keys(call, *inputs)
+def serves_scalar_states(call: Call, block: int, *inputs: Tensor) -> bool:
+    """The same for the passes over states: where programs are few, Triton's take smaller blocks of value channels."""
+    return block == VALUES and serves_scalar_keys(call, *inputs)
 
 
-def serves_vector_states(call: Call, chunks: Chunks, *inputs: Tensor | None) -> bool:
+def serves_vector_states(call: Call, block: int, *inputs: Tensor | None) -> bool:
     """Whether a call whose decay is a vector is for the passes over states here: v and a vector write, or do."""
     given = tuple(x for x in inputs if x is not None)
-    return call.gate == 2 and _many(call, chunks, MULTIPROCESSORS) and _fits(call, given)
+    return block == VALUES and call.gate == 2 and _fits(call, given)
 
 
 def serves_vector_keys(call: Call, carried: Tensor | None, q: Tensor, k: Tensor, g, erase, do: Tensor, R) -> bool:
@@ -87,11 +86,7 @@ def serves_vector_keys(call: Call, carried: Tensor | None, q: Tensor, k: Tensor,
         return False
     vectors = (q, k, do, R, erase) if call.erase == 2 else (q, k, do, R)
     even = call.erase != 1 or call.B == 1 or erase.stride(0) == call.T * erase.stride(1)
-    return even and _fits(call, vectors) and _lies_by_tokens(g)
-
-
-def _many(call: Call, chunks: Chunks, enough: int) -> bool:
-    return call.value_block(call.config.forward, chunks, enough) == VALUES
+    return even and _fits(call, vectors) and lies_by_tokens(g)
 
 
 def on_sm_90(x: Tensor) -> bool:
@@ -107,7 +102,7 @@ def _fits(call: Call, inputs: tuple[Tensor, ...]) -> bool:
         and not call.packed
         and 0 < call.num_token_heads < MOST_TOKEN_HEADS
         and call.T % (CHUNK * call.span) == 0
-        and all(x.dtype == torch.bfloat16 and _lies_by_tokens(x) for x in inputs)
+        and all(x.dtype == torch.bfloat16 and lies_by_tokens(x) for x in inputs)
     )
 
 
@@ -232,18 +227,6 @@ def _in_sequences(chunks: Chunks) -> tuple[int, int]:
 
 
 # Tensors as the kernels take them: for copies of tiles to and from shared memory, laid out there for products.
-
-
-def _lies_by_tokens(x: Tensor) -> bool:
-    """Whether x [B, T, H, D] is [B T, H D] as it lies, and as TMA takes it."""
-    return _is_by_tokens(x.shape, x.stride(), 16 // x.element_size()) and x.data_ptr() % 16 == 0
-
-
-@cache
-def _is_by_tokens(shape: tuple[int, ...], strides: tuple[int, ...], aligned: int) -> bool:
-    B, T, _, D = shape
-    row, token, head, channel = strides
-    return (row == T * token or B == 1) and (head, channel) == (D, 1) and token > 0 and token % aligned == 0
 
 
 def _tokens(x: Tensor, channels: int, tokens: int = CHUNK) -> "Tiles":

@@ -42,6 +42,17 @@ def chunks_of_sequence(n, a_row, a_sequence):
 
 
 @gluon.jit
+def place_of_program(HV, a_row, a_sequence, spans_a_row, spans_a_sequence, BLOCKS: gl.constexpr):
+    """Of a program of a pass: its sequence's head and block of value channels, the chunks from `first` up to `end`, and
+    their first span."""
+    sequence_head, block = gl.program_id(0) // BLOCKS, gl.program_id(0) % BLOCKS
+    n, head = sequence_head // HV, sequence_head % HV
+    first, end = chunks_of_sequence(n, a_row, a_sequence)
+    first_span, _ = chunks_of_sequence(n, spans_a_row, spans_a_sequence)
+    return sequence_head, head, block, first, end, first_span
+
+
+@gluon.jit
 def buffer_for(tiles):
     """Shared memory for one tile of a descriptor."""
     return gl.allocate_shared_memory(tiles.dtype, tiles.block_type.shape, tiles.layout)

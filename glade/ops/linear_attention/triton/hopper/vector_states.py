@@ -25,11 +25,11 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
     all_stages_for,
     barriers,
     buffer_for,
-    chunks_of_sequence,
     copy_chunks,
     left_of,
     load_row,
     load_turned,
+    place_of_program,
     state_at,
     sums_of,
     tokens_at,
@@ -117,10 +117,9 @@ def hopper_vector_forward_kernel(
 ):  # fmt: skip
     C: gl.constexpr = P.block_type.shape[0]
     BV: gl.constexpr = v.block_type.shape[1]
-    sequence_head, block = gl.program_id(0) // (V // BV), gl.program_id(0) % (V // BV)
-    n, head = sequence_head // HV, sequence_head % HV
-    first, end = chunks_of_sequence(n, a_row, a_sequence)
-    first_span, _ = chunks_of_sequence(n, spans_a_row, spans_a_sequence)
+    sequence_head, head, block, first, end, first_span = place_of_program(
+        HV, a_row, a_sequence, spans_a_row, spans_a_sequence, V // BV
+    )
     by_tokens, by_chunks = (v,), (Qg, Kt, decay, P)
     columns = (head * V + block * BV,)
     if ERASE:
@@ -212,10 +211,9 @@ def hopper_vector_backward_kernel(
 ):  # fmt: skip
     C: gl.constexpr = P.block_type.shape[0]
     BV: gl.constexpr = do.block_type.shape[1]
-    sequence_head, block = gl.program_id(0) // (V // BV), gl.program_id(0) % (V // BV)
-    n, head = sequence_head // HV, sequence_head % HV
-    first, end = chunks_of_sequence(n, a_row, a_sequence)
-    first_span, _ = chunks_of_sequence(n, spans_a_row, spans_a_sequence)
+    sequence_head, head, block, first, end, first_span = place_of_program(
+        HV, a_row, a_sequence, spans_a_row, spans_a_sequence, V // BV
+    )
     by_tokens, by_chunks = (do,), (Qg, Kt, decay, P)
     columns = (head * V + block * BV,)
     if ERASE:
