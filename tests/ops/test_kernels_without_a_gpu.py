@@ -134,6 +134,59 @@ def compile_kernels_in_gluon(check, shared_bytes):
             assert all(2 * (shared_bytes[name] + 1024) <= 228 * 1024 for name in kernels - passes), shared_bytes
 
 
+def test_which_calls_are_for_the_kernels_in_gluon(without_a_gpu):
+    without_a_gpu(ask_which_calls)
+
+
+def ask_which_calls():
+    from glade.ops.linear_attention.triton.call import Call
+    from glade.ops.linear_attention.triton.hopper import launches
+
+    launches.on_sm_90 = has_gluon
+    if not has_gluon(None):
+        return
+
+    def served(corner, shape=WHOLE, dtype=torch.bfloat16, cu_seqlens=None, block=launches.VALUES, **replaced):
+        """The keys and the passes for scalar gates, and the passes for a vector decay."""
+        x = make_inputs(corner, shape, dtype=dtype, cu_seqlens=cu_seqlens) | replaced
+        call = Call(x["q"], x["v"], x["g"], x["erase"], x["write"], cu_seqlens)
+        read = x["q"], x["k"], x["v"]
+        return (
+            launches.serves_scalar_keys(call, *read),
+            launches.serves_scalar_states(call, block, *read),
+            launches.serves_vector_states(call, block, x["v"], x["write"] if call.write == 2 else None),
+        )
+
+    gdn, kda, gdn2, none = CORNERS["gdn"], CORNERS["kda"], CORNERS["gdn2"], (False, False, False)
+    for corner in (gdn, CORNERS["delta"], Corner("scalar", "scalar", "none")):
+        assert served(corner) == (True, True, False), corner
+    for corner in (CORNERS["gla"], kda, gdn2):
+        assert served(corner) == (False, False, True), corner
+    for corner in (Corner("scalar", "scalar", "vector"), Corner("none", "vector", "none")):
+        assert served(corner) == none, corner
+    assert served(gdn, block=32) == (True, False, False)
+    assert served(kda, block=32) == none
+    for other in ({"T": 100}, {"T": 96}, {"K": 96}, {"K": 256}, {"V": 96}, {"V": 256}, {"B": 0}):
+        assert served(gdn, WHOLE._replace(**other)) == none, other
+    for other in ({"T": 100}, {"K": 96}, {"K": 256}, {"V": 96}, {"V": 256}, {"B": 0}):
+        assert served(kda, WHOLE._replace(**other)) == none, other
+    packed = WHOLE._replace(B=1)
+    for corner in (gdn, kda):
+        assert served(corner, packed, cu_seqlens=borders(64, 64)) == none
+        for dtype in (torch.float16, torch.float32):
+            assert served(corner, dtype=dtype) == none
+    v = make_inputs(gdn, WHOLE, dtype=torch.bfloat16)["v"]
+    for corner in (gdn, kda):
+        joint = torch.cat([v, v], 2)
+        assert any(served(corner, v=joint[:, :, : v.shape[2]]))  # a slice lies by tokens
+        unaligned = torch.empty(v.numel() + 1, dtype=v.dtype)[1:].view_as(v)
+        by_heads = v.transpose(1, 2).contiguous().transpose(1, 2)
+        same_for_all = v[:, :1].expand_as(v)
+        for elsewhere in (unaligned, by_heads, same_for_all):
+            assert served(corner, v=elsewhere) == none, elsewhere.stride()
+    assert served(gdn2, write=v.transpose(1, 2).contiguous().transpose(1, 2)) == none
+
+
 def test_launches_of_a_kind_are_what_triton_makes_of_them(without_a_gpu):
     without_a_gpu(launch_again)
 
