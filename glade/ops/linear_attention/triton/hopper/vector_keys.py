@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from glade.ops.linear_attention.triton.hopper.pipeline import (
     BY_COLUMNS,
     BY_VALUES,
-    BY_WIDE_VALUES,
     COPYING_REGISTERS,
     COPYING_WARPS,
     all_stages_for,
@@ -36,11 +35,7 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
 from glade.ops.linear_attention.triton.tiles import LEAST_LOG, LOG2_E, SCALAR, VECTOR
 
 LEVELS = gl.constexpr(5)  # of the pairs of 32 tokens
-UP_TO, BEHIND, FROM_HERE = (
-    gl.constexpr(5),
-    gl.constexpr(6),
-    gl.constexpr(7),
-)  # of `ones`, behind a matrix for each level
+UP_TO, BEHIND = gl.constexpr(5), gl.constexpr(6)  # of `ones`, behind a matrix for each level
 
 
 @gluon.jit
@@ -85,14 +80,13 @@ def copy_chunks(
 @gluon.jit
 def store_ones(ones, other, token):
     """[others, tokens], ones where an other's log is part of a token's sum: by level, those between the token and the
-    first one of the later half of its block; all up to it; all behind it; and, of other sums, all from it on."""
+    first one of the later half of its block; all up to it; and all behind it."""
     for level in gl.static_range(LEVELS):
         anchor = (token | (1 << level)) & (-(1 << level))
         between = ((other > anchor) & (other <= token)) | ((other > token) & (other <= anchor))
         ones.index(level).store(gl.where(between, 1.0, 0.0).to(gl.bfloat16))
     ones.index(UP_TO).store(gl.where(other <= token, 1.0, 0.0).to(gl.bfloat16))
     ones.index(BEHIND).store(gl.where(other > token, 1.0, 0.0).to(gl.bfloat16))
-    ones.index(FROM_HERE).store(gl.where(other >= token, 1.0, 0.0).to(gl.bfloat16))
 
 
 @gluon.jit
@@ -111,9 +105,10 @@ def sum_of(high, rest, ones, zeros):
 @gluon.jit
 def in_two_parts(x, SUMS: gl.constexpr):
     """x as the sum of two of bf16, left sides of products."""
-    high = x.to(gl.bfloat16)
-    rest = (x - high.to(gl.float32)).to(gl.bfloat16)
-    return gl.convert_layout(high, left_of(SUMS)), gl.convert_layout(rest, left_of(SUMS))
+    # rounded by hand: conversions one by one take the place of exponentials
+    high = ((x.to(gl.int32, bitcast=True) + 0x8000) & -0x10000).to(gl.float32, bitcast=True)
+    rest = (x - high).to(gl.bfloat16)
+    return gl.convert_layout(high.to(gl.bfloat16), left_of(SUMS)), gl.convert_layout(rest, left_of(SUMS))
 
 
 @gluon.jit
@@ -136,8 +131,7 @@ def compute_keys(
     row = gl.arange(0, C, gl.SliceLayout(0, SUMS))
     channel = gl.arange(0, BK, gl.SliceLayout(1, BY_VALUES))[:, None]
     place = gl.arange(0, C, gl.SliceLayout(0, BY_VALUES))[None, :]
-    wide_channel = gl.arange(0, BK, gl.SliceLayout(1, BY_WIDE_VALUES))[:, None]
-    wide_place = gl.arange(0, C, gl.SliceLayout(0, BY_WIDE_VALUES))[None, :]
+    sums_channel = gl.arange(0, BK, gl.SliceLayout(1, SUMS))[:, None]
     for tile in range(first, end, step):
         span, head, number = tile // HV, tile % HV, (tile - first) // step
         first_token = (span * C).to(gl.int64)
@@ -165,7 +159,7 @@ def compute_keys(
             behind = sum_of(high, rest, ones.index(BEHIND), zeros)
             q_sum, k_sum, e_sum = zeros, zeros, zeros
             carried = gl.zeros([BK], gl.float32, gl.SliceLayout(1, BY_COLUMNS))
-            for v in gl.static_range(V // BV):
+            for v in range(V // BV):
                 stage = wait_until_full(full_states, number_of_block * (V // BV) + v)
                 S, dS = to_states[0].index(stage), to_states[1].index(stage)
                 q_sum = warpgroup_mma(S, do.index(v).permute((1, 0)), q_sum, is_async=True)
@@ -184,34 +178,31 @@ def compute_keys(
             # what goes on to the end of the chunk has part in the gradient of every row's decay
             onward = gl.convert_layout(carried, gl.SliceLayout(1, SUMS)) * gl.exp2(gl.min(up_to, 1))  # they never rise
             onward += gl.sum(k_tile.to(gl.float32) * k_sum, 1)
-            for level in gl.static_range(LEVELS):
-                # the logs' rest is left out, as in `triton/vector_keys.py`
-                x = gl.exp2(warpgroup_mma(high, ones.index(level), zeros))
+            # the logs' rest is left out, as in `triton/vector_keys.py`
+            logs = warpgroup_mma(high, ones.index(0), zeros)
+            for level in range(LEVELS):
+                x = gl.exp2(logs)
                 late = (((row >> level) & 1) == 1)[None, :]
-                k = k_tile.to(gl.float32)
+                x_late, x_early = gl.where(late, x, 0.0), gl.where(late, 0.0, x)
+                q, k = q_tile.to(gl.float32), k_tile.to(gl.float32)
                 if ERASE == VECTOR:
                     gate = gate_tile.to(gl.float32)
-                left = (gl.where(late, q_tile.to(gl.float32), k) * x).to(gl.bfloat16)
-                of_products = warpgroup_mma(
-                    gl.convert_layout(left, left_of(SUMS)), dP_by_level.index(level), zeros, is_async=True
-                )
-                left = (gl.where(late, gate, 1.0) * (k * x)).to(gl.bfloat16)
-                of_lower = warpgroup_mma(
-                    gl.convert_layout(left, left_of(SUMS)), dT_by_level.index(level), zeros, is_async=True
-                )
-                of_products, of_lower = warpgroup_mma_wait(0, deps=[of_products, of_lower])
-                of_products *= x
-                of_lower *= x
-                q_sum += gl.where(late, of_products, 0.0)
-                e_sum += gl.where(late, of_lower, 0.0)
-                k_sum += gl.where(late, 0.0, of_products + of_lower)
+                left = gl.convert_layout((q * x_late + k * x_early).to(gl.bfloat16), left_of(SUMS))
+                of_products = warpgroup_mma(left, dP_by_level.index(level), zeros, is_async=True)
+                left = gl.convert_layout((k * (gate * x_late + x_early)).to(gl.bfloat16), left_of(SUMS))
+                of_lower = warpgroup_mma(left, dT_by_level.index(level), zeros, is_async=True)
+                logs = warpgroup_mma(high, ones.index(level + 1), zeros, is_async=True)  # of the next level
+                of_products, of_lower, logs = warpgroup_mma_wait(0, deps=[of_products, of_lower, logs])
+                q_sum += of_products * x_late
+                e_sum += of_lower * x_late
+                k_sum += (of_products + of_lower) * x_early
             q, k = q_tile.to(gl.float32), k_tile.to(gl.float32)
             if ERASE == VECTOR:
                 gate = gate_tile.to(gl.float32)
             of_erase = k * e_sum
             # the diagonal pairs, which do not decay, are not in these sums yet
             high, rest = in_two_parts(q * q_sum - k * k_sum + gate * of_erase, SUMS)
-            gradient = sum_of(high, rest, ones.index(FROM_HERE), zeros)
+            gradient = sum_of(high, rest, ones.index(UP_TO).permute((1, 0)), zeros)  # from each row on
             of_block = head * K + block * BK
             to_q = dq + first_token * dq_stride + of_block
             of_q = gl.convert_layout((q_sum + with_itself * k).to(dq.dtype.element_ty), BY_VALUES)
@@ -228,7 +219,7 @@ def compute_keys(
                 gl.store(to_e + row * HV, gl.sum(of_erase, 0).to(d_erase.dtype.element_ty))
             gradient = warpgroup_mma_wait(0, deps=[gradient]) + onward[:, None]
             to_g = dg + first_token * (HV * K) + of_block
-            gl.store(to_g + wide_channel + wide_place * (HV * K), gl.convert_layout(gradient, BY_WIDE_VALUES))
+            gl.store(to_g + sums_channel + row[None, :] * (HV * K), gradient)
 
 
 @gluon.jit
@@ -245,7 +236,7 @@ def hopper_vector_keys_kernel(
         channels += (erase,)
     to_values, to_pairs = all_stages_for(values, V // BV), all_stages_for(pairs, 1)
     to_channels, to_states = all_stages_for(channels, 1), all_stages_for(states, 1)
-    ones = gl.allocate_shared_memory(gl.bfloat16, [LEVELS + 3, C, C], SQUARE)
+    ones = gl.allocate_shared_memory(gl.bfloat16, [LEVELS + 2, C, C], SQUARE)
     dP_by_level = gl.allocate_shared_memory(gl.bfloat16, [LEVELS, C, C], SQUARE)
     dT_by_level = gl.allocate_shared_memory(gl.bfloat16, [LEVELS, C, C], SQUARE)
     full_values, empty_values = barriers(1)
