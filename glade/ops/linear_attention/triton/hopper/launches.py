@@ -55,7 +55,7 @@ else:
 CHUNK = 32
 SPAN, KEYS = 2, 32  # of `scalar_keys`: chunks of a program, key channels at a time
 VALUES = 64  # channels of a program of the passes: the rows of a product
-CHANNELS = 64  # of `vector_keys`, at a time
+CHANNELS, SUMMED = 64, 32  # of `vector_keys`: key channels at a time, and value channels that it sums over at a time
 MOST_TOKEN_HEADS = 2**29  # places in a tensor are told to TMA in 32 bits, and a state has four rows for a token
 # Of 256 threads, which are as many as copy and compute, so that two programs share a processor's 65,536.
 OPTIONS = dict(num_warps=4, maxnreg=128)
@@ -188,22 +188,22 @@ def vector_keys(
 ) -> None:  # fmt: skip
     tiles = spans.count * call.HV
     channels = (_tokens(x, CHANNELS) for x in (q, k, g))
-    states = (_rows(x, call.V, CHANNELS, CHANNELS) for x in (kept[8], dS))
+    states = (_rows(x, call.V, CHANNELS, SUMMED) for x in (kept[8], dS))
     numbers = constants(call.HV, call.group, call.K, call.V, token_stride(dq), token_stride(dk))
     if call.erase == 0:
         start(
             hopper_vector_span_keys_kernel, min(tiles, 2 * PROCESSORS),
-            _tokens(do, CHANNELS), _tokens(R, CHANNELS), _rows(dP, 2 * CHUNK, CHUNK, CHUNK), *channels, *states,
-            dq, dk, dg, tiles, scale, *numbers, **OPTIONS,
+            _tokens(do, SUMMED), _tokens(R, SUMMED), _rows(dP, 2 * CHUNK, CHUNK, CHUNK), *channels, *states,
+            dq, dk, dg, tiles, scale, *numbers, STAGES=2, **OPTIONS,
         )  # fmt: skip
         return
     vector = call.erase == 2
     start(
         hopper_vector_keys_kernel, min(tiles, 2 * PROCESSORS),
-        *(_tokens(x, CHANNELS) for x in (do, R, dR)), _squares(dP), _squares(dT),
+        *(_tokens(x, SUMMED) for x in (do, R, dR)), _squares(dP), _squares(dT),
         *channels, _tokens(erase, CHANNELS) if vector else None, *states,
         None if vector else erase, constants(*erase.stride()[1:3]), dq, dk, d_erase, dg,
-        tiles, call.num_token_heads, scale, *numbers, ERASE=call.erase, **OPTIONS,
+        tiles, call.num_token_heads, scale, *numbers, ERASE=call.erase, STAGES=3, **OPTIONS,
     )  # fmt: skip
 
 

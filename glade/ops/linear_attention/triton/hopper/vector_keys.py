@@ -112,6 +112,14 @@ def in_two_parts(x, SUMS: gl.constexpr):
 
 
 @gluon.jit
+def diagonal_of(x, SUMS: gl.constexpr):
+    """Of the sums of a product [channels, channels]."""
+    row = gl.arange(0, x.shape[0], gl.SliceLayout(1, x.type.layout))[:, None]
+    column = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))[None, :]
+    return gl.convert_layout(gl.sum(gl.where(row == column, x, 0.0), 1), gl.SliceLayout(1, SUMS))
+
+
+@gluon.jit
 def compute_keys(
     to_values, to_pairs, to_channels, to_states, ones, dP_by_level, dT_by_level,
     full_values, empty_values, full_channels, empty_channels, full_states, empty_states,
@@ -147,6 +155,7 @@ def compute_keys(
             gate = gl.load(of_tokens + row * erase_strides[0]).to(gl.float32)[None, :]
         for block in range(K // BK):
             number_of_block = number * (K // BK) + block
+            nothing = block * (gl.num_programs(2) - 1)
             stage = wait_until_full(full_channels, number_of_block)
             q_tile = to_channels[0].index(stage).permute((1, 0)).load(SUMS)
             k_tile = to_channels[1].index(stage).permute((1, 0)).load(SUMS)
@@ -155,18 +164,18 @@ def compute_keys(
                 gate_tile = to_channels[3].index(stage).permute((1, 0)).load(SUMS)
             mbarrier.arrive(empty_channels.index(stage), count=1)
             high, rest = in_two_parts(logs, SUMS)
-            up_to = sum_of(high, rest, ones.index(UP_TO), zeros)
-            behind = sum_of(high, rest, ones.index(BEHIND), zeros)
+            up_to = sum_of(high, rest, ones.index(UP_TO + nothing), zeros)
+            behind = sum_of(high, rest, ones.index(BEHIND + nothing), zeros)
             q_sum, k_sum, e_sum = zeros, zeros, zeros
-            carried = gl.zeros([BK], gl.float32, gl.SliceLayout(1, BY_COLUMNS))
+            carried = gl.zeros([BK, BK], gl.float32, sums_of(BK))
             for v in range(V // BV):
                 stage = wait_until_full(full_states, number_of_block * (V // BV) + v)
                 S, dS = to_states[0].index(stage), to_states[1].index(stage)
                 q_sum = warpgroup_mma(S, do.index(v).permute((1, 0)), q_sum, is_async=True)
                 e_sum = warpgroup_mma(S, dR.index(v).permute((1, 0)), e_sum, is_async=True)
                 k_sum = warpgroup_mma(dS, R.index(v).permute((1, 0)), k_sum, is_async=True)
-                carried += gl.sum(S.load(BY_COLUMNS).to(gl.float32) * dS.load(BY_COLUMNS).to(gl.float32), 1)
-                q_sum, e_sum, k_sum = warpgroup_mma_wait(0, deps=[q_sum, e_sum, k_sum])
+                carried = warpgroup_mma(S, dS.permute((1, 0)), carried, is_async=True)
+                q_sum, e_sum, k_sum, carried = warpgroup_mma_wait(0, deps=[q_sum, e_sum, k_sum, carried])
                 mbarrier.arrive(empty_states.index(stage), count=1)
             if block == K // BK - 1:
                 mbarrier.arrive(empty_values.index(0), count=1)
@@ -176,10 +185,10 @@ def compute_keys(
             e_sum *= -to_row
             k_sum *= gl.exp2(behind)
             # what goes on to the end of the chunk has part in the gradient of every row's decay
-            onward = gl.convert_layout(carried, gl.SliceLayout(1, SUMS)) * gl.exp2(gl.min(up_to, 1))  # they never rise
+            onward = diagonal_of(carried, SUMS) * gl.exp2(gl.min(up_to, 1))  # they never rise
             onward += gl.sum(k_tile.to(gl.float32) * k_sum, 1)
             # the logs' rest is left out, as in `triton/vector_keys.py`
-            logs = warpgroup_mma(high, ones.index(0), zeros)
+            logs = warpgroup_mma(high, ones.index(nothing), zeros)
             for level in range(LEVELS):
                 x = gl.exp2(logs)
                 late = (((row >> level) & 1) == 1)[None, :]
@@ -188,10 +197,10 @@ def compute_keys(
                 if ERASE == VECTOR:
                     gate = gate_tile.to(gl.float32)
                 left = gl.convert_layout((q * x_late + k * x_early).to(gl.bfloat16), left_of(SUMS))
-                of_products = warpgroup_mma(left, dP_by_level.index(level), zeros, is_async=True)
+                of_products = warpgroup_mma(left, dP_by_level.index(level + nothing), zeros, is_async=True)
                 left = gl.convert_layout((k * (gate * x_late + x_early)).to(gl.bfloat16), left_of(SUMS))
-                of_lower = warpgroup_mma(left, dT_by_level.index(level), zeros, is_async=True)
-                logs = warpgroup_mma(high, ones.index(level + 1), zeros, is_async=True)  # of the next level
+                of_lower = warpgroup_mma(left, dT_by_level.index(level + nothing), zeros, is_async=True)
+                logs = warpgroup_mma(high, ones.index(level + 1 + nothing), zeros, is_async=True)  # of the next level
                 of_products, of_lower, logs = warpgroup_mma_wait(0, deps=[of_products, of_lower, logs])
                 q_sum += of_products * x_late
                 e_sum += of_lower * x_late
@@ -202,7 +211,7 @@ def compute_keys(
             of_erase = k * e_sum
             # the diagonal pairs, which do not decay, are not in these sums yet
             high, rest = in_two_parts(q * q_sum - k * k_sum + gate * of_erase, SUMS)
-            gradient = sum_of(high, rest, ones.index(UP_TO).permute((1, 0)), zeros)  # from each row on
+            gradient = sum_of(high, rest, ones.index(UP_TO + nothing).permute((1, 0)), zeros)  # from each row on
             of_block = head * K + block * BK
             to_q = dq + first_token * dq_stride + of_block
             of_q = gl.convert_layout((q_sum + with_itself * k).to(dq.dtype.element_ty), BY_VALUES)
@@ -226,7 +235,7 @@ def compute_keys(
 def hopper_vector_keys_kernel(
     do, R, dR, dP, dT, q, k, g, erase, S, dS, erase_rows, erase_strides, dq, dk, d_erase, dg,
     num_tiles, num_token_heads, scale,
-    HV, GROUP, K, V, dq_stride, dk_stride, ERASE: gl.constexpr,
+    HV, GROUP, K, V, dq_stride, dk_stride, ERASE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = q.block_type.shape[0]
     BV: gl.constexpr = do.block_type.shape[1]
@@ -235,13 +244,13 @@ def hopper_vector_keys_kernel(
     if ERASE == VECTOR:
         channels += (erase,)
     to_values, to_pairs = all_stages_for(values, V // BV), all_stages_for(pairs, 1)
-    to_channels, to_states = all_stages_for(channels, 1), all_stages_for(states, 1)
+    to_channels, to_states = all_stages_for(channels, 1), all_stages_for(states, STAGES)
     ones = gl.allocate_shared_memory(gl.bfloat16, [LEVELS + 2, C, C], SQUARE)
     dP_by_level = gl.allocate_shared_memory(gl.bfloat16, [LEVELS, C, C], SQUARE)
     dT_by_level = gl.allocate_shared_memory(gl.bfloat16, [LEVELS, C, C], SQUARE)
     full_values, empty_values = barriers(1)
     full_channels, empty_channels = barriers(1)
-    full_states, empty_states = barriers(1)
+    full_states, empty_states = barriers(STAGES)
     first, step = gl.program_id(0), gl.num_programs(0)
     gl.warp_specialize(
         [

@@ -36,6 +36,7 @@ from glade.ops.linear_attention.triton.hopper.vector_keys import (
     BEHIND,
     LEVELS,
     UP_TO,
+    diagonal_of,
     in_two_parts,
     store_levels,
     store_ones,
@@ -94,7 +95,7 @@ def copy_spans(
                 for i in gl.static_range(len(values)):
                     for half in gl.static_range(2):
                         place = [(span * 2 + half) * C, head * V + v * BV]
-                        tma.async_copy_global_to_shared(values[i], place, barrier, to_values[i].index(half))
+                        tma.async_copy_global_to_shared(values[i], place, barrier, to_values[i].index(2 * stage + half))
                 if v == 0:
                     copy_half(
                         channels, to_channels, full_channels, empty_channels, number_of_block, span, head, block, GROUP,
@@ -112,39 +113,39 @@ def load_half(to_channels, HALF: gl.constexpr, SUMS: gl.constexpr):
 
 
 @gluon.jit
-def decays_of_half(to_channels, HALF: gl.constexpr, ones, zeros, SUMS: gl.constexpr):
+def decays_of_half(to_channels, HALF: gl.constexpr, ones, nothing, zeros, SUMS: gl.constexpr):
     """The greater part of a half's logs; its decays to each token from the half's beginning, from it to the end, and
     [channels], over all of the half."""
     logs = gl.maximum(load_turned(to_channels[2], HALF, SUMS) * LOG2_E, LEAST_LOG)
     high, rest = in_two_parts(logs, SUMS)
-    up_to, behind = sum_of(high, rest, ones.index(UP_TO), zeros), sum_of(high, rest, ones.index(BEHIND), zeros)
+    up_to, behind = sum_of(high, rest, ones.index(UP_TO + nothing), zeros), sum_of(high, rest, ones.index(BEHIND + nothing), zeros)
     up_to, behind = warpgroup_mma_wait(0, deps=[up_to, behind])
     return high, gl.exp2(up_to), gl.exp2(behind), gl.exp2(gl.min(up_to, 1))  # sums never rise
 
 
 @gluon.jit
 def gradients_of_half(
-    q_sum, k_sum, onward, with_itself, high, to_channels, HALF: gl.constexpr, ones, by_level, zeros,
+    q_sum, k_sum, onward, with_itself, high, to_channels, HALF: gl.constexpr, ones, by_level, nothing, zeros,
     to_q, to_k, to_g, dq_stride, dk_stride, dg_stride, SUMS: gl.constexpr,
 ):  # fmt: skip
     """Adds what the pairs within a half have part in, and stores its gradients; `onward` has part in that of every
     row's decay. Returns what goes on to the rows before this half."""
     q, k = load_half(to_channels, HALF, SUMS)
     row = gl.arange(0, q.shape[1], gl.SliceLayout(0, SUMS))
-    logs = warpgroup_mma(high, ones.index(0), zeros)
+    logs = warpgroup_mma(high, ones.index(nothing), zeros)
     for level in range(LEVELS):
         x = gl.exp2(logs)
         late = (((row >> level) & 1) == 1)[None, :]
         x_late, x_early = gl.where(late, x, 0.0), gl.where(late, 0.0, x)
         left = gl.convert_layout((q * x_late + k * x_early).to(gl.bfloat16), left_of(SUMS))
-        of_others = warpgroup_mma(left, by_level.index(HALF * LEVELS + level), zeros, is_async=True)
-        logs = warpgroup_mma(high, ones.index(level + 1), zeros, is_async=True)  # of the next level
+        of_others = warpgroup_mma(left, by_level.index(HALF * LEVELS + level + nothing), zeros, is_async=True)
+        logs = warpgroup_mma(high, ones.index(level + 1 + nothing), zeros, is_async=True)  # of the next level
         of_others, logs = warpgroup_mma_wait(0, deps=[of_others, logs])
         q_sum += of_others * x_late
         k_sum += of_others * x_early
     per_row = q * q_sum - k * k_sum
     high, rest = in_two_parts(per_row, SUMS)
-    gradient = sum_of(high, rest, ones.index(UP_TO).permute((1, 0)), zeros)  # from each row on
+    gradient = sum_of(high, rest, ones.index(UP_TO + nothing).permute((1, 0)), zeros)  # from each row on
     # the diagonal pairs, which do not decay, come last
     store_rows(to_q, dq_stride, q_sum + with_itself[None, :] * k)
     store_rows(to_k, dk_stride, k_sum + with_itself[None, :] * q)
@@ -191,35 +192,38 @@ def compute_keys(
         first_token = (span * (2 * C)).to(gl.int64)
         for block in range(K // BK):
             number_of_block = number * (K // BK) + block
+            nothing = block * (gl.num_programs(2) - 1)
             q_sum0, q_sum1, k_sum0, k_sum1 = zeros, zeros, zeros, zeros
-            carried = gl.zeros([BK], gl.float32, gl.SliceLayout(1, BY_COLUMNS))
+            carried = gl.zeros([BK, BK], gl.float32, sums_of(BK))
             for v in range(V // BV):
                 stage = wait_until_full(full_values, number_of_block * (V // BV) + v)
                 S, dS = to_states[0].index(stage), to_states[1].index(stage)
-                q_sum0 = warpgroup_mma(S, do.index(0).permute((1, 0)), q_sum0, is_async=True)
-                q_sum1 = warpgroup_mma(S, do.index(1).permute((1, 0)), q_sum1, is_async=True)
-                k_sum0 = warpgroup_mma(dS, R.index(0).permute((1, 0)), k_sum0, is_async=True)
-                k_sum1 = warpgroup_mma(dS, R.index(1).permute((1, 0)), k_sum1, is_async=True)
-                carried += gl.sum(S.load(BY_COLUMNS).to(gl.float32) * dS.load(BY_COLUMNS).to(gl.float32), 1)
-                q_sum0, q_sum1, k_sum0, k_sum1 = warpgroup_mma_wait(0, deps=[q_sum0, q_sum1, k_sum0, k_sum1])
+                q_sum0 = warpgroup_mma(S, do.index(2 * stage).permute((1, 0)), q_sum0, is_async=True)
+                q_sum1 = warpgroup_mma(S, do.index(2 * stage + 1).permute((1, 0)), q_sum1, is_async=True)
+                k_sum0 = warpgroup_mma(dS, R.index(2 * stage).permute((1, 0)), k_sum0, is_async=True)
+                k_sum1 = warpgroup_mma(dS, R.index(2 * stage + 1).permute((1, 0)), k_sum1, is_async=True)
+                carried = warpgroup_mma(S, dS.permute((1, 0)), carried, is_async=True)
+                q_sum0, q_sum1, k_sum0, k_sum1, carried = warpgroup_mma_wait(
+                    0, deps=[q_sum0, q_sum1, k_sum0, k_sum1, carried]
+                )
                 mbarrier.arrive(empty_values.index(stage), count=1)
             # pairs of both halves have the factors of each half's sums; the later half first, which leaves less to keep
             wait_until_full(full_channels, 2 * number_of_block + 1)
-            high1, up, behind, all1 = decays_of_half(to_channels, 1, ones, zeros, SUMS)
+            high1, up, behind, all1 = decays_of_half(to_channels, 1, ones, nothing, zeros, SUMS)
             q, k = load_half(to_channels, 1, SUMS)
             left = gl.convert_layout((q * up).to(gl.bfloat16), left_of(SUMS))
-            to_early = warpgroup_mma(left, to_pairs.index(BOTH).permute((1, 0)), zeros, is_async=True)
+            to_early = warpgroup_mma(left, to_pairs.index(BOTH + nothing).permute((1, 0)), zeros, is_async=True)
             k_sum1 *= behind
             onward = gl.sum(k * k_sum1, 1)
             wait_until_full(full_channels, 2 * number_of_block)
             to_early = warpgroup_mma_wait(0, deps=[to_early])
-            high0, up0, behind, all0 = decays_of_half(to_channels, 0, ones, zeros, SUMS)
+            high0, up0, behind, all0 = decays_of_half(to_channels, 0, ones, nothing, zeros, SUMS)
             q, k = load_half(to_channels, 0, SUMS)
             left = gl.convert_layout((k * behind).to(gl.bfloat16), left_of(SUMS))
-            to_late = warpgroup_mma(left, to_pairs.index(BOTH), zeros, is_async=True)
+            to_late = warpgroup_mma(left, to_pairs.index(BOTH + nothing), zeros, is_async=True)
             k_sum0 *= behind * all1[:, None]
             # what goes on to the end of the span has part in the gradient of every row's decay
-            onward += gl.convert_layout(carried, gl.SliceLayout(1, SUMS)) * (all0 * all1) + gl.sum(k * k_sum0, 1)
+            onward += diagonal_of(carried, SUMS) * (all0 * all1) + gl.sum(k * k_sum0, 1)
             k_sum0 += behind * to_early
             q_sum0 *= up0 * scale
             to_late = warpgroup_mma_wait(0, deps=[to_late])
@@ -231,12 +235,12 @@ def compute_keys(
             to_q, to_k = dq + first_token * dq_stride + of_block, dk + first_token * dk_stride + of_block
             to_g = dg + first_token * (HV * K) + of_block
             onward = gradients_of_half(
-                q_sum1, k_sum1, onward, of_late, high1, to_channels, 1, ones, by_level, zeros,
+                q_sum1, k_sum1, onward, of_late, high1, to_channels, 1, ones, by_level, nothing, zeros,
                 to_q + C * dq_stride, to_k + C * dk_stride, to_g + C * (HV * K), dq_stride, dk_stride, HV * K, SUMS,
             )  # fmt: skip
             mbarrier.arrive(empty_channels.index(1), count=1)
             gradients_of_half(
-                q_sum0, k_sum0, onward, of_early, high0, to_channels, 0, ones, by_level, zeros,
+                q_sum0, k_sum0, onward, of_early, high0, to_channels, 0, ones, by_level, nothing, zeros,
                 to_q, to_k, to_g, dq_stride, dk_stride, HV * K, SUMS,
             )  # fmt: skip
             mbarrier.arrive(empty_channels.index(0), count=1)
@@ -244,18 +248,19 @@ def compute_keys(
 
 @gluon.jit
 def hopper_vector_span_keys_kernel(
-    do, R, dP, q, k, g, S, dS, dq, dk, dg, num_tiles, scale, HV, GROUP, K, V, dq_stride, dk_stride
+    do, R, dP, q, k, g, S, dS, dq, dk, dg, num_tiles, scale, HV, GROUP, K, V, dq_stride, dk_stride,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = q.block_type.shape[0]
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
     channels, values, states = (q, k, g), (do, R), (S, dS)
     to_pairs, to_channels = stages_for(dP, 3), all_stages_for(channels, 2)  # of each half
-    to_values, to_states = all_stages_for(values, 2), all_stages_for(states, 1)
+    to_values, to_states = all_stages_for(values, 2 * STAGES), all_stages_for(states, STAGES)
     ones = gl.allocate_shared_memory(gl.bfloat16, [LEVELS + 2, C, C], SQUARE)
     by_level = gl.allocate_shared_memory(gl.bfloat16, [2 * LEVELS, C, C], SQUARE)
     full_pairs, empty_pairs = barriers(1)
     full_channels, empty_channels = barriers(2)
-    full_values, empty_values = barriers(1)
+    full_values, empty_values = barriers(STAGES)
     first, step = gl.program_id(0), gl.num_programs(0)
     gl.warp_specialize(
         [
