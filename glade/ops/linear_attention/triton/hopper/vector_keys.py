@@ -49,8 +49,9 @@ def copy_chunks(
     C: gl.constexpr = channels[0].block_type.shape[0]
     BK: gl.constexpr = channels[0].block_type.shape[1]
     BV: gl.constexpr = states[0].block_type.shape[1]
-    for tile in range(first, end, step):
-        span, head, number = tile // HV, tile % HV, (tile - first) // step
+    for number in range(gl.cdiv(end - first, step)):
+        tile = first + number * step
+        span, head = tile // HV, tile % HV
         stage = wait_until_empty(empty_values, number)
         barrier = full_values.index(stage)
         mbarrier.expect(barrier, bytes_of(values) * (V // BV) + bytes_of(pairs))
@@ -140,8 +141,9 @@ def compute_keys(
     channel = gl.arange(0, BK, gl.SliceLayout(1, BY_VALUES))[:, None]
     place = gl.arange(0, C, gl.SliceLayout(0, BY_VALUES))[None, :]
     sums_channel = gl.arange(0, BK, gl.SliceLayout(1, SUMS))[:, None]
-    for tile in range(first, end, step):
-        span, head, number = tile // HV, tile % HV, (tile - first) // step
+    for number in range(gl.cdiv(end - first, step)):
+        tile = first + number * step
+        span, head = tile // HV, tile % HV
         first_token = (span * C).to(gl.int64)
         stage = wait_until_full(full_values, number)
         d_products = to_pairs[0].index(stage).load(PAIRS)

@@ -74,8 +74,10 @@ def copy_spans(
     C: gl.constexpr = channels[0].block_type.shape[0]
     BK: gl.constexpr = channels[0].block_type.shape[1]
     BV: gl.constexpr = states[0].block_type.shape[1]
-    for tile in range(first, end, step):
-        span, head, number = tile // HV, tile % HV, (tile - first) // step
+    stages: gl.constexpr = to_states[0].shape[0]
+    for number in range(gl.cdiv(end - first, step)):
+        tile = first + number * step
+        span, head = tile // HV, tile % HV
         stage = wait_until_empty(empty_pairs, number)
         barrier = full_pairs.index(stage)
         mbarrier.expect(barrier, 3 * bytes_of((pairs,)))
@@ -96,7 +98,7 @@ def copy_spans(
                     for half in gl.static_range(2):
                         place = [(span * 2 + half) * C, head * V + v * BV]
                         tma.async_copy_global_to_shared(values[i], place, barrier, to_values[i].index(2 * stage + half))
-                if v == 0:
+                if v == stages - 1:
                     copy_half(
                         channels, to_channels, full_channels, empty_channels, number_of_block, span, head, block, GROUP,
                         K, 0,
@@ -178,8 +180,9 @@ def compute_keys(
     token = gl.arange(0, C, gl.SliceLayout(0, BY_COLUMNS))[None, :]
     store_ones(ones, other, token)
     zeros = gl.zeros([BK, C], gl.float32, SUMS)
-    for tile in range(first, end, step):
-        span, head, number = tile // HV, tile % HV, (tile - first) // step
+    for number in range(gl.cdiv(end - first, step)):
+        tile = first + number * step
+        span, head = tile // HV, tile % HV
         wait_until_full(full_pairs, number)
         early, late = to_pairs.index(EARLY).load(BY_COLUMNS), to_pairs.index(LATE).load(BY_COLUMNS)
         store_levels(by_level, early, other, token, 0)
