@@ -20,8 +20,9 @@ from glade.ops.tolerances import relative_error
 
 gpu = pytest.mark.gpu
 ALL_SCALAR = {f"hopper_scalar_{name}_kernel" for name in ("forward", "backward", "keys")}
-ALL_VECTOR = {f"hopper_vector_{name}_kernel" for name in ("forward", "backward", "keys")}
-KEYS, FORWARD = "hopper_scalar_keys_kernel", "hopper_vector_forward_kernel"
+ALL_VECTOR = {f"hopper_vector_{name}_kernel" for name in ("prepare", "forward", "backward", "keys")}
+KEYS = "hopper_scalar_keys_kernel"
+PREPARE, FORWARD = "hopper_vector_prepare_kernel", "hopper_vector_forward_kernel"
 VECTOR_KEYS, SPAN_KEYS = "hopper_vector_keys_kernel", "hopper_vector_span_keys_kernel"
 KINDS = {
     "gdn": CORNERS["gdn"],
@@ -136,7 +137,7 @@ def test_parity_of_a_vector_decay(hopper, started, monkeypatch, kind, dims, gate
     """What a given state has beyond its rounding is for the kernels in Triton."""
     inputs = inputs_of(kind, Shape(*MANY, *dims), gate=gate, given_state=given_state)
     check_two_rows(inputs)
-    assert started == ({FORWARD} if given_state else of_a_vector(kind))
+    assert started == ({PREPARE, FORWARD} if given_state else of_a_vector(kind))
     check_all_rows(hopper, monkeypatch, inputs)
 
 
@@ -151,12 +152,13 @@ def test_segments_of_a_sequence(started, kind):
 
 @gpu
 @pytest.mark.parametrize(
-    ("kind", "keys"), [("gdn", KEYS), ("kda", VECTOR_KEYS), ("gdn2", VECTOR_KEYS), ("gla", SPAN_KEYS)]
+    ("kind", "kernels"),
+    [("gdn", {KEYS}), *((x, {PREPARE, VECTOR_KEYS}) for x in ("kda", "gdn2")), ("gla", {PREPARE, SPAN_KEYS})],
 )
-def test_few_sequences_take_keys_alone(started, kind, keys):
+def test_few_sequences_take_what_is_made_chunk_by_chunk(started, kind, kernels):
     found = errors(inputs_of(kind, Shape(1, 128, 2, 2, 128, 128), given_state=False), "triton")
     assert not failures(found, torch.bfloat16), found
-    assert started == {keys}
+    assert started == kernels
 
 
 @gpu

@@ -112,7 +112,8 @@ def compile_kernels_in_gluon(check, shared_bytes):
 
     scalar = {f"hopper_scalar_{name}_kernel" for name in ("forward", "backward", "keys")}
     passes = {f"hopper_vector_{name}_kernel" for name in ("forward", "backward")}
-    vector, gated = passes | {"hopper_vector_keys_kernel"}, passes | {"hopper_vector_span_keys_kernel"}
+    by_chunks = passes | {"hopper_vector_prepare_kernel"}
+    vector, gated = by_chunks | {"hopper_vector_keys_kernel"}, by_chunks | {"hopper_vector_span_keys_kernel"}
     launches.on_sm_90 = has_gluon
     if not has_gluon(None):
         return
@@ -130,8 +131,9 @@ def compile_kernels_in_gluon(check, shared_bytes):
             shared_bytes.clear()
             check(corner, shape, given_state=corner.g != "vector")
             assert kernels <= shared_bytes.keys(), (corner, shape, shared_bytes.keys())
-            # two programs share a processor, which keeps 1 KB of each to itself
-            assert all(2 * (shared_bytes[name] + 1024) <= 228 * 1024 for name in kernels - passes), shared_bytes
+            # two programs share a processor, which keeps 1 KB of each to itself; later versions of Triton take more
+            room = 114 if launches.AVAILABLE else 228
+            assert all(shared_bytes[name] + 1024 <= room * 1024 for name in kernels - passes), shared_bytes
 
 
 def test_which_calls_are_for_the_kernels_in_gluon(without_a_gpu):

@@ -211,3 +211,12 @@ def prepare_kernel(
         tl.store(A + tile * C * C + square, inverse.to(DTYPE))
     if WRITE == SCALAR:  # after all that could wait for it
         tl.store(write_rows + tile * C + rows, written.to(tl.float32))
+
+
+@triton.jit
+def inverse_kernel(A, C: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A chunk's A by itself, in place of what it is the inverse of, below the diagonal."""
+    rows = tl.arange(0, C)
+    A += tl.program_id(0).to(tl.int64) * C * C + rows[:, None] * C + rows[None, :]
+    lower = tl.load(A).to(tl.float32)
+    tl.store(A, unit_lower_inverse(lower, C, LEVELS, DTYPE, PRECISION).to(DTYPE))

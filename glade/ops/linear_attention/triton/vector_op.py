@@ -30,7 +30,7 @@ from glade.ops.linear_attention.triton.launch import (
     tiles_of,
 )
 from glade.ops.linear_attention.triton.launcher import start
-from glade.ops.linear_attention.triton.prepare import prepare_kernel
+from glade.ops.linear_attention.triton.prepare import inverse_kernel, prepare_kernel
 from glade.ops.linear_attention.triton.segments import what_segments_keep
 from glade.ops.linear_attention.triton.states import backward_states_kernel, forward_states_kernel
 from glade.ops.linear_attention.triton.values_backward import values_backward_kernel
@@ -78,6 +78,11 @@ def _prepare(
     call: Call, chunks: Chunks, q, k, g, erase, write, scale: float, kept: list[Tensor], write_rows: Tensor
 ) -> None:
     if chunks.count == 0:
+        return
+    if hopper.serves_vector_prepare(call, q, k, g, erase, write):
+        hopper.vector_prepare(call, chunks, q, k, g, erase, write, scale, kept, write_rows)
+        if call.erase > 0:
+            start(inverse_kernel, chunks.count * call.HV, kept[6], C=call.chunk, LEVELS=call.levels, **call.types, num_warps=1)
         return
     launch = call.config.prepare
     # of a vector gate only this kernel reads G

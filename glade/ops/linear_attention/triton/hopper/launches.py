@@ -30,6 +30,7 @@ try:
         hopper_scalar_forward_kernel,
     )
     from glade.ops.linear_attention.triton.hopper.vector_keys import hopper_vector_keys_kernel
+    from glade.ops.linear_attention.triton.hopper.vector_prepare import hopper_vector_prepare_kernel
     from glade.ops.linear_attention.triton.hopper.vector_span_keys import hopper_vector_span_keys_kernel
     from glade.ops.linear_attention.triton.hopper.vector_states import (
         hopper_vector_backward_kernel,
@@ -79,14 +80,26 @@ def serves_vector_states(call: Call, block: int, *inputs: Tensor | None) -> bool
     return block == VALUES and call.gate == 2 and _fits(call, given)
 
 
+def serves_vector_prepare(call: Call, q: Tensor, k: Tensor, g, erase, write) -> bool:
+    """Whether a call whose decay is a vector is for `vector_prepare` here."""
+    if call.gate != 2 or g.dtype != torch.float32:
+        return False
+    rows = all(_in_one_row(call, x) for x, kind in ((erase, call.erase), (write, call.write)) if kind == 1)
+    return rows and _fits(call, (q, k, erase) if call.erase == 2 else (q, k)) and lies_by_tokens(g)
+
+
 def serves_vector_keys(call: Call, carried: Tensor | None, q: Tensor, k: Tensor, g, erase, do: Tensor, R) -> bool:
     """Whether a call whose decay is a vector is for `vector_keys` here, with an erase and spans of one chunk, or for
     `vector_span_keys`, without and with spans of two; and without a given state, part of which `carried` is."""
     if call.gate != 2 or call.span != (1 if call.erase else 2) or carried is not None or g.dtype != torch.float32:
         return False
     vectors = (q, k, do, R, erase) if call.erase == 2 else (q, k, do, R)
-    even = call.erase != 1 or call.B == 1 or erase.stride(0) == call.T * erase.stride(1)
-    return even and _fits(call, vectors) and lies_by_tokens(g)
+    return (call.erase != 1 or _in_one_row(call, erase)) and _fits(call, vectors) and lies_by_tokens(g)
+
+
+def _in_one_row(call: Call, gate: Tensor) -> bool:
+    """Whether the tokens of all batch rows of a scalar gate lie one behind the other."""
+    return call.B == 1 or gate.stride(0) == call.T * gate.stride(1)
 
 
 def on_sm_90(x: Tensor) -> bool:
@@ -157,6 +170,23 @@ def scalar_keys(
     )  # fmt: skip
 
 
+def vector_prepare(
+    call: Call, chunks: Chunks, q, k, g, erase, write, scale, kept: list[Tensor], write_rows
+) -> None:  # fmt: skip
+    """All but the inverse: A is what is to be inverted, below its diagonal."""
+    tiles = chunks.count * call.HV
+    Qg, Eg, Kt, decay, P, A = kept[1:7]
+    outs = [_rows(x, call.K, CHUNK, CHANNELS) if x.numel() > 0 else None for x in (Qg, Kt, Eg)]
+    start(
+        hopper_vector_prepare_kernel, min(tiles, 2 * PROCESSORS),
+        *(_tokens(x, CHANNELS) for x in (q, k, g)), _tokens(erase, CHANNELS) if call.erase == 2 else None,
+        *outs, decay, _squares(P), _squares(A) if call.erase else None,
+        *_of_rows(call.erase, erase), *_of_rows(call.write, write), write_rows,
+        tiles, scale, *constants(call.HV, call.group, call.K),
+        ERASE=call.erase, WRITE=call.write, STAGES=2, **OPTIONS,
+    )  # fmt: skip
+
+
 def vector_forward_states(
     call: Call, chunks: Chunks, spans: Chunks, v, write, write_rows, initial, o, final, kept: list[Tensor], keep: bool
 ) -> None:
@@ -202,7 +232,7 @@ def vector_keys(
         hopper_vector_keys_kernel, min(tiles, 2 * PROCESSORS),
         *(_tokens(x, SUMMED) for x in (do, R, dR)), _squares(dP), _squares(dT),
         *channels, _tokens(erase, CHANNELS) if vector else None, *states,
-        None if vector else erase, constants(*erase.stride()[1:3]), dq, dk, d_erase, dg,
+        *_of_rows(call.erase, erase), dq, dk, d_erase, dg,
         tiles, call.num_token_heads, scale, *numbers, ERASE=call.erase, STAGES=3, **OPTIONS,
     )  # fmt: skip
 
@@ -247,6 +277,11 @@ def _squares(x: Tensor) -> "Tiles":
 def _chunks(x: Tensor) -> "Tiles | None":
     """A number for each token of a chunk; None for a gate that is none."""
     return _rows(x, CHUNK, 1, CHUNK) if x.numel() > 0 else None
+
+
+def _of_rows(kind: int, gate: Tensor) -> tuple:
+    """A scalar gate, and its strides by tokens and heads."""
+    return (gate, constants(*gate.stride()[1:3])) if kind == 1 else (None, constants(0, 0))
 
 
 def _written(call: Call, R: Tensor, *tile: int) -> "Tiles | None":
