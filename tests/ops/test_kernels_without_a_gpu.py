@@ -148,45 +148,70 @@ def ask_which_calls():
     if not has_gluon(None):
         return
 
-    def served(corner, shape=WHOLE, dtype=torch.bfloat16, cu_seqlens=None, block=launches.VALUES, **replaced):
-        """The keys and the passes for scalar gates, and the passes for a vector decay."""
-        x = make_inputs(corner, shape, dtype=dtype, cu_seqlens=cu_seqlens) | replaced
+    def served(
+        corner, shape=WHOLE, dtype=torch.bfloat16, cu_seqlens=None, block=launches.VALUES, carried=None, **given
+    ):
+        """By which kernels, and `R` and `do` as v lies where they are not given."""
+        x = make_inputs(corner, shape, dtype=dtype, cu_seqlens=cu_seqlens) | given
         call = Call(x["q"], x["v"], x["g"], x["erase"], x["write"], cu_seqlens)
-        read = x["q"], x["k"], x["v"]
-        return (
-            launches.serves_scalar_keys(call, *read),
-            launches.serves_scalar_states(call, block, *read),
-            launches.serves_vector_states(call, block, x["v"], x["write"] if call.write == 2 else None),
-        )
+        q, k, v, g, erase, write = (x[name] for name in ("q", "k", "v", "g", "erase", "write"))
+        rows = torch.empty_like(v, memory_format=torch.contiguous_format)
+        asked = {
+            "keys": launches.serves_scalar_keys(call, q, k, v),
+            "states": launches.serves_scalar_states(call, block, q, k, v),
+            "vector prepare": launches.serves_vector_prepare(call, q, k, g, erase, write),
+            "vector states": launches.serves_vector_states(call, block, v, write if call.write == 2 else None),
+            "vector keys": launches.serves_vector_keys(call, carried, q, k, g, erase, rows, rows),
+        }
+        return {name for name, yes in asked.items() if yes}
 
-    gdn, kda, gdn2, none = CORNERS["gdn"], CORNERS["kda"], CORNERS["gdn2"], (False, False, False)
-    for corner in (gdn, CORNERS["delta"], Corner("scalar", "scalar", "none")):
-        assert served(corner) == (True, True, False), corner
-    for corner in (CORNERS["gla"], kda, gdn2):
-        assert served(corner) == (False, False, True), corner
-    for corner in (Corner("scalar", "scalar", "vector"), Corner("none", "vector", "none")):
-        assert served(corner) == none, corner
-    assert served(gdn, block=32) == (True, False, False)
-    assert served(kda, block=32) == none
+    gdn, gla, kda, gdn2 = (CORNERS[name] for name in ("gdn", "gla", "kda", "gdn2"))
+    scalar, vector = {"keys", "states"}, {"vector prepare", "vector states", "vector keys"}
+    for corner in (gdn, *(CORNERS[x] for x in ("delta", "scalar-decay", "linear")), Corner("scalar", "scalar", "none")):
+        assert served(corner) == scalar, corner
+    for corner in (gla, kda, gdn2):
+        assert served(corner) == vector, corner
+        assert served(corner, block=32) == vector - {"vector states"}
+        assert served(corner, carried=torch.zeros(1)) == vector - {"vector keys"}
+    others = ("scalar", "scalar", "vector"), ("none", "vector", "none"), ("scalar", "none", "scalar")
+    for corner in (Corner(*kinds) for kinds in others):
+        assert not served(corner), corner
+    assert served(gdn, block=32) == {"keys"}
     for other in ({"T": 100}, {"T": 96}, {"K": 96}, {"K": 256}, {"V": 96}, {"V": 256}, {"B": 0}):
-        assert served(gdn, WHOLE._replace(**other)) == none, other
+        assert not served(gdn, WHOLE._replace(**other)), other
+        assert not served(gla, WHOLE._replace(**other)), other
     for other in ({"T": 100}, {"K": 96}, {"K": 256}, {"V": 96}, {"V": 256}, {"B": 0}):
-        assert served(kda, WHOLE._replace(**other)) == none, other
+        assert not served(kda, WHOLE._replace(**other)), other
     packed = WHOLE._replace(B=1)
-    for corner in (gdn, kda):
-        assert served(corner, packed, cu_seqlens=borders(64, 64)) == none
+    for corner in (gdn, gla, kda):
+        assert not served(corner, packed, cu_seqlens=borders(64, 64))
         for dtype in (torch.float16, torch.float32):
-            assert served(corner, dtype=dtype) == none
-    v = make_inputs(gdn, WHOLE, dtype=torch.bfloat16)["v"]
-    for corner in (gdn, kda):
-        joint = torch.cat([v, v], 2)
-        assert any(served(corner, v=joint[:, :, : v.shape[2]]))  # a slice lies by tokens
-        unaligned = torch.empty(v.numel() + 1, dtype=v.dtype)[1:].view_as(v)
-        by_heads = v.transpose(1, 2).contiguous().transpose(1, 2)
-        same_for_all = v[:, :1].expand_as(v)
-        for elsewhere in (unaligned, by_heads, same_for_all):
-            assert served(corner, v=elsewhere) == none, elsewhere.stride()
-    assert served(gdn2, write=v.transpose(1, 2).contiguous().transpose(1, 2)) == none
+            assert not served(corner, dtype=dtype)
+    x = make_inputs(gdn, WHOLE, dtype=torch.bfloat16)
+
+    def elsewhere(x):
+        unaligned = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x)
+        by_heads = x.transpose(1, 2).contiguous().transpose(1, 2)
+        same_for_all = x[:, :1].expand_as(x)
+        return unaligned, by_heads, same_for_all
+
+    for corner, by_v in ((gdn, scalar), (kda, {"vector states"})):
+        joint = torch.cat([x["v"], x["v"]], 2)
+        assert served(corner, v=joint[:, :, : x["v"].shape[2]]) == served(corner)  # a slice lies by tokens
+        for v in elsewhere(x["v"]):
+            assert served(corner, v=v) == served(corner) - by_v, v.stride()
+    for name in ("q", "k"):
+        for keys in elsewhere(x[name]):
+            assert served(kda, **{name: keys}) == {"vector states"}, (name, keys.stride())
+    for name, corner in (("g", gla), ("erase", gdn2)):
+        for gate in elsewhere(make_inputs(corner, WHOLE, dtype=torch.bfloat16)[name]):
+            assert served(corner, **{name: gate}) == {"vector states"}, (name, gate.stride())
+    assert served(gdn2, write=elsewhere(x["v"])[1]) == vector - {"vector states"}
+    rows = make_inputs(kda, WHOLE, dtype=torch.bfloat16)["erase"]
+    assert served(kda, erase=torch.cat([rows, rows], 1)[:, : rows.shape[1]]) == {
+        "vector states"
+    }  # not one behind another
+    assert served(kda, write=torch.cat([rows, rows], 1)[:, : rows.shape[1]]) == vector - {"vector prepare"}
 
 
 def test_launches_of_a_kind_are_what_triton_makes_of_them(without_a_gpu):

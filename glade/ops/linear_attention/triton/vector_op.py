@@ -82,7 +82,8 @@ def _prepare(
     if hopper.serves_vector_prepare(call, q, k, g, erase, write):
         hopper.vector_prepare(call, chunks, q, k, g, erase, write, scale, kept, write_rows)
         if call.erase > 0:
-            start(inverse_kernel, chunks.count * call.HV, kept[6], C=call.chunk, LEVELS=call.levels, **call.types, num_warps=1)
+            sizes = dict(C=call.chunk, LEVELS=call.levels)
+            start(inverse_kernel, chunks.count * call.HV, kept[6], **sizes, **call.types, num_warps=1)
         return
     launch = call.config.prepare
     # of a vector gate only this kernel reads G

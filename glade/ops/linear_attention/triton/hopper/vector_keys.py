@@ -1,8 +1,7 @@
 """The gradients of q, k, erase and g of `triton/vector_keys.py` for sm_90: its equations, for spans of one chunk.
 
-A program takes one chunk and head after the other, 64 channels at a time, all as channels by tokens. Pairs are products
-with whole matrices of a chunk's pairs, of which those of other levels are zero: they are made once for all channels.
-Sums of logs are products with matrices of zeros and ones, made once for all chunks.
+A program takes one chunk and head after the other, 64 channels at a time, all as channels by tokens; pairs and sums of
+logs as `levels.py` has them.
 """
 
 # Triton need not be installed where there is no GPU
@@ -18,9 +17,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from glade.ops.linear_attention.triton.hopper.levels import (
+    BEHIND,
+    LEVELS,
+    UP_TO,
+    diagonal_of,
+    in_two_parts,
+    log2_of,
+    nothing_at,
+    store_levels,
+    store_ones,
+    store_rows,
+    sum_of,
+)
 from glade.ops.linear_attention.triton.hopper.pipeline import (
     BY_COLUMNS,
-    BY_VALUES,
     COPYING_REGISTERS,
     COPYING_WARPS,
     all_stages_for,
@@ -32,10 +43,7 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
     wait_until_empty,
     wait_until_full,
 )
-from glade.ops.linear_attention.triton.tiles import LEAST_LOG, LOG2_E, SCALAR, VECTOR
-
-LEVELS = gl.constexpr(5)  # of the pairs of 32 tokens
-UP_TO, BEHIND = gl.constexpr(5), gl.constexpr(6)  # of `ones`, behind a matrix for each level
+from glade.ops.linear_attention.triton.tiles import SCALAR, VECTOR
 
 
 @gluon.jit
@@ -79,48 +87,6 @@ def copy_chunks(
 
 
 @gluon.jit
-def store_ones(ones, other, token):
-    """[others, tokens], ones where an other's log is part of a token's sum: by level, those between the token and the
-    first one of the later half of its block; all up to it; and all behind it."""
-    for level in gl.static_range(LEVELS):
-        anchor = (token | (1 << level)) & (-(1 << level))
-        between = ((other > anchor) & (other <= token)) | ((other > token) & (other <= anchor))
-        ones.index(level).store(gl.where(between, 1.0, 0.0).to(gl.bfloat16))
-    ones.index(UP_TO).store(gl.where(other <= token, 1.0, 0.0).to(gl.bfloat16))
-    ones.index(BEHIND).store(gl.where(other > token, 1.0, 0.0).to(gl.bfloat16))
-
-
-@gluon.jit
-def store_levels(by_level, pairs, other, token, FIRST: gl.constexpr):
-    """The pairs of each level by themselves, from place FIRST on; they lie on both sides of the diagonal."""
-    for level in gl.static_range(LEVELS):
-        by_level.index(FIRST + level).store(gl.where(((other ^ token) >> level) == 1, pairs, 0.0).to(gl.bfloat16))
-
-
-@gluon.jit
-def sum_of(high, rest, ones, zeros):
-    """The product of a sum in two parts with zeros and ones, under way."""
-    return warpgroup_mma(rest, ones, warpgroup_mma(high, ones, zeros, is_async=True), is_async=True)
-
-
-@gluon.jit
-def in_two_parts(x, SUMS: gl.constexpr):
-    """x as the sum of two of bf16, left sides of products."""
-    # rounded by hand: conversions one by one take the place of exponentials
-    high = ((x.to(gl.int32, bitcast=True) + 0x8000) & -0x10000).to(gl.float32, bitcast=True)
-    rest = (x - high).to(gl.bfloat16)
-    return gl.convert_layout(high.to(gl.bfloat16), left_of(SUMS)), gl.convert_layout(rest, left_of(SUMS))
-
-
-@gluon.jit
-def diagonal_of(x, SUMS: gl.constexpr):
-    """Of the sums of a product [channels, channels]."""
-    row = gl.arange(0, x.shape[0], gl.SliceLayout(1, x.type.layout))[:, None]
-    column = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))[None, :]
-    return gl.convert_layout(gl.sum(gl.where(row == column, x, 0.0), 1), gl.SliceLayout(1, SUMS))
-
-
-@gluon.jit
 def compute_keys(
     to_values, to_pairs, to_channels, to_states, ones, dP_by_level, dT_by_level,
     full_values, empty_values, full_channels, empty_channels, full_states, empty_states,
@@ -132,23 +98,20 @@ def compute_keys(
     BV: gl.constexpr = do.shape[2]
     BK: gl.constexpr = to_channels[0].shape[2]
     SUMS: gl.constexpr = sums_of(C)  # [channels, tokens]
-    PAIRS: gl.constexpr = BY_COLUMNS
-    other = gl.arange(0, C, gl.SliceLayout(1, PAIRS))[:, None]
-    token = gl.arange(0, C, gl.SliceLayout(0, PAIRS))[None, :]
+    other = gl.arange(0, C, gl.SliceLayout(1, BY_COLUMNS))[:, None]
+    token = gl.arange(0, C, gl.SliceLayout(0, BY_COLUMNS))[None, :]
     store_ones(ones, other, token)
     zeros = gl.zeros([BK, C], gl.float32, SUMS)
     row = gl.arange(0, C, gl.SliceLayout(0, SUMS))
-    channel = gl.arange(0, BK, gl.SliceLayout(1, BY_VALUES))[:, None]
-    place = gl.arange(0, C, gl.SliceLayout(0, BY_VALUES))[None, :]
-    sums_channel = gl.arange(0, BK, gl.SliceLayout(1, SUMS))[:, None]
+    channel = gl.arange(0, BK, gl.SliceLayout(1, SUMS))[:, None]
     for number in range(gl.cdiv(end - first, step)):
         tile = first + number * step
         span, head = tile // HV, tile % HV
         first_token = (span * C).to(gl.int64)
         stage = wait_until_full(full_values, number)
-        d_products = to_pairs[0].index(stage).load(PAIRS)
+        d_products = to_pairs[0].index(stage).load(BY_COLUMNS)
         store_levels(dP_by_level, d_products, other, token, 0)
-        store_levels(dT_by_level, to_pairs[1].index(stage).load(PAIRS), other, token, 0)
+        store_levels(dT_by_level, to_pairs[1].index(stage).load(BY_COLUMNS), other, token, 0)
         with_itself = gl.sum(gl.where(other == token, d_products.to(gl.float32), 0.0), 0)
         with_itself = gl.convert_layout(with_itself, gl.SliceLayout(0, SUMS))[None, :]
         fence_async_shared()
@@ -157,11 +120,11 @@ def compute_keys(
             gate = gl.load(of_tokens + row * erase_strides[0]).to(gl.float32)[None, :]
         for block in range(K // BK):
             number_of_block = number * (K // BK) + block
-            nothing = block * (gl.num_programs(2) - 1)
+            nothing = nothing_at(number_of_block)
             stage = wait_until_full(full_channels, number_of_block)
             q_tile = to_channels[0].index(stage).permute((1, 0)).load(SUMS)
             k_tile = to_channels[1].index(stage).permute((1, 0)).load(SUMS)
-            logs = gl.maximum(load_turned(to_channels[2], stage, SUMS) * LOG2_E, LEAST_LOG)
+            logs = log2_of(load_turned(to_channels[2], stage, SUMS))
             if ERASE == VECTOR:
                 gate_tile = to_channels[3].index(stage).permute((1, 0)).load(SUMS)
             mbarrier.arrive(empty_channels.index(stage), count=1)
@@ -215,22 +178,17 @@ def compute_keys(
             high, rest = in_two_parts(q * q_sum - k * k_sum + gate * of_erase, SUMS)
             gradient = sum_of(high, rest, ones.index(UP_TO + nothing).permute((1, 0)), zeros)  # from each row on
             of_block = head * K + block * BK
-            to_q = dq + first_token * dq_stride + of_block
-            of_q = gl.convert_layout((q_sum + with_itself * k).to(dq.dtype.element_ty), BY_VALUES)
-            gl.store(to_q + channel + place * dq_stride, of_q)
-            to_k = dk + first_token * dk_stride + of_block
+            store_rows(dq + first_token * dq_stride + of_block, dq_stride, q_sum + with_itself * k)
             of_k = k_sum + with_itself * q + gate * e_sum
-            gl.store(to_k + channel + place * dk_stride, gl.convert_layout(of_k.to(dk.dtype.element_ty), BY_VALUES))
+            store_rows(dk + first_token * dk_stride + of_block, dk_stride, of_k)
             if ERASE == VECTOR:
-                to_e = d_erase + first_token * (HV * K) + of_block
-                of_erase = gl.convert_layout(of_erase.to(d_erase.dtype.element_ty), BY_VALUES)
-                gl.store(to_e + channel + place * (HV * K), of_erase)
+                store_rows(d_erase + first_token * (HV * K) + of_block, HV * K, of_erase)
             else:
                 to_e = d_erase + block.to(gl.int64) * num_token_heads + first_token * HV + head
                 gl.store(to_e + row * HV, gl.sum(of_erase, 0).to(d_erase.dtype.element_ty))
             gradient = warpgroup_mma_wait(0, deps=[gradient]) + onward[:, None]
             to_g = dg + first_token * (HV * K) + of_block
-            gl.store(to_g + sums_channel + row[None, :] * (HV * K), gradient)
+            gl.store(to_g + channel + row[None, :] * (HV * K), gradient)
 
 
 @gluon.jit

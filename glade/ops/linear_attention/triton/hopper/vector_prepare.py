@@ -1,7 +1,7 @@
-"""What `triton/prepare.py` makes of a chunk with a vector decay, for sm_90, but for the inverse, which it leaves to that.
+"""What `triton/prepare.py` makes of a chunk with a vector decay, for sm_90; the inverse it leaves to `inverse_kernel`.
 
 A program takes one chunk and head after the other, 64 channels at a time, all as channels by tokens, with sums of logs
-as in `vector_keys.py`. Of each level the gated q, and erase k below them, are the left side of one product of 64 rows,
+as `levels.py` has them. Of each level the gated q, and erase k below them, are the left side of one product of 64 rows,
 and the gated k the right one. All pairs of tokens are made, and of each the one of its level is taken at the end.
 """
 
@@ -18,6 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from glade.ops.linear_attention.triton.hopper.levels import (
+    BEHIND,
+    LEVELS,
+    UP_TO,
+    in_two_parts,
+    log2_of,
+    nothing_at,
+    store_ones,
+    sum_of,
+)
 from glade.ops.linear_attention.triton.hopper.pipeline import (
     BY_COLUMNS,
     COPYING_REGISTERS,
@@ -31,15 +41,7 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
     wait_until_empty,
     wait_until_full,
 )
-from glade.ops.linear_attention.triton.hopper.vector_keys import (
-    BEHIND,
-    LEVELS,
-    UP_TO,
-    in_two_parts,
-    store_ones,
-    sum_of,
-)
-from glade.ops.linear_attention.triton.tiles import LEAST_LOG, LOG2_E, NONE, SCALAR, VECTOR
+from glade.ops.linear_attention.triton.tiles import NONE, SCALAR, VECTOR
 
 
 @gluon.jit
@@ -112,12 +114,13 @@ def compute_chunks(
             gl.store(write_rows + tile.to(gl.int64) * C + row, written.to(gl.float32))
         with_itself, p0, p1, p2, p3, p4 = zeros, zeros, zeros, zeros, zeros, zeros
         for block in range(K // BK):
-            nothing = block * (gl.num_programs(2) - 1)  # 0, as in `vector_keys.py`
-            stage = wait_until_full(full, number * (K // BK) + block)
+            number_of_block = number * (K // BK) + block
+            nothing = nothing_at(number_of_block)
+            stage = wait_until_full(full, number_of_block)
             both = to_q_and_k.index(stage)
             q = both.slice(0, C).permute((1, 0)).load(SUMS).to(gl.float32)
             k = both.slice(C, C).permute((1, 0)).load(SUMS).to(gl.float32)
-            logs = gl.maximum(load_turned(to_channels[0], stage, SUMS) * LOG2_E, LEAST_LOG)
+            logs = log2_of(load_turned(to_channels[0], stage, SUMS))
             if ERASE == VECTOR:
                 gate = load_turned(to_channels[1], stage, SUMS)
             with_itself = warpgroup_mma(both, both.slice(C, C).permute((1, 0)), with_itself, is_async=True)
@@ -128,7 +131,7 @@ def compute_chunks(
             with_itself, up_to, behind, logs = warpgroup_mma_wait(0, deps=[with_itself, up_to, behind, logs])
             mbarrier.arrive(empty.index(stage), count=1)
             to_row = gl.exp2(up_to)
-            gl.store(decay + tile.to(gl.int64) * K + block * BK + channel, gl.exp2(gl.min(up_to, 1)))  # they never rise
+            whole = gl.exp2(gl.min(up_to, 1))  # they never rise
             tma.store_wait(0)  # what was stored before has left shared memory
             out_buffers[0].permute((1, 0)).store((q * (to_row * scale)).to(gl.bfloat16))
             out_buffers[1].permute((1, 0)).store((k * gl.exp2(behind)).to(gl.bfloat16))
@@ -158,6 +161,7 @@ def compute_chunks(
                 pairs, logs = warpgroup_mma_wait(0, deps=[pairs, logs])
                 made += (pairs,)
             p0, p1, p2, p3, p4 = made
+            gl.store(decay + tile.to(gl.int64) * K + block * BK + channel, whole)  # no fence has to wait for it here
         pairs = of_their_levels((p0, p1, p2, p3, p4), with_itself, scale, C)
         tma.store_wait(0)
         pairs_buffer.store(pairs.to(gl.bfloat16))
@@ -177,7 +181,7 @@ def hopper_vector_prepare_kernel(
     C: gl.constexpr = q.block_type.shape[0]
     BK: gl.constexpr = q.block_type.shape[1]
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
-    channels, outs = (g,), (Qg, Kt)
+    channels = (g,)
     if ERASE == VECTOR:
         channels += (erase,)
     out_buffers = (buffer_for(Qg), buffer_for(Kt))

@@ -1,7 +1,7 @@
 """The gradients of q, k and g of `triton/vector_keys.py` for sm_90 where nothing is erased: spans of two chunks.
 
-As in `vector_keys.py`, whose matrices these are: each chunk is a half of the span, and pairs of both are a level more,
-whose factors are those of the halves' sums.
+As in `vector_keys.py`: each chunk is a half of the span, and pairs of both are a level more, whose factors are those of
+the halves' sums.
 """
 
 # Triton need not be installed where there is no GPU
@@ -17,9 +17,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from glade.ops.linear_attention.triton.hopper.levels import (
+    BEHIND,
+    LEVELS,
+    UP_TO,
+    diagonal_of,
+    in_two_parts,
+    log2_of,
+    nothing_at,
+    store_levels,
+    store_ones,
+    store_rows,
+    sum_of,
+)
 from glade.ops.linear_attention.triton.hopper.pipeline import (
     BY_COLUMNS,
-    BY_VALUES,
     COPYING_REGISTERS,
     COPYING_WARPS,
     all_stages_for,
@@ -32,34 +44,22 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
     wait_until_empty,
     wait_until_full,
 )
-from glade.ops.linear_attention.triton.hopper.vector_keys import (
-    BEHIND,
-    LEVELS,
-    UP_TO,
-    diagonal_of,
-    in_two_parts,
-    store_levels,
-    store_ones,
-    sum_of,
-)
-from glade.ops.linear_attention.triton.tiles import LEAST_LOG, LOG2_E
 
-EARLY, BOTH, LATE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # pairs of a half, and of its tokens with the other's
+# Pairs of the halves' own tokens, and of both halves'.
+EARLY, BOTH, LATE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
 
 @gluon.jit
 def copy_half(
-    channels, to_channels, full_channels, empty_channels, number_of_block, span, head, block, GROUP, K,
-    HALF: gl.constexpr,
+    channels, to_channels, full_channels, empty_channels, number_of_block, span, of_keys, of_gate, HALF: gl.constexpr
 ):  # fmt: skip
     """q, k and g of a half, which has a stage of its own."""
     C: gl.constexpr = channels[0].block_type.shape[0]
-    BK: gl.constexpr = channels[0].block_type.shape[1]
     stage = wait_until_empty(empty_channels, 2 * number_of_block + HALF)
     barrier = full_channels.index(stage)
     mbarrier.expect(barrier, bytes_of(channels))
     for i in gl.static_range(len(channels)):
-        place = [(span * 2 + HALF) * C, (head // GROUP if i < 2 else head) * K + block * BK]
+        place = [(span * 2 + HALF) * C, of_keys if i < 2 else of_gate]
         tma.async_copy_global_to_shared(channels[i], place, barrier, to_channels[i].index(stage))
 
 
@@ -86,7 +86,8 @@ def copy_spans(
             tma.async_copy_global_to_shared(pairs, place, barrier, to_pairs.index(i))
         for block in range(K // BK):
             number_of_block = number * (K // BK) + block
-            copy_half(channels, to_channels, full_channels, empty_channels, number_of_block, span, head, block, GROUP, K, 1)
+            of_keys, of_gate = head // GROUP * K + block * BK, head * K + block * BK
+            copy_half(channels, to_channels, full_channels, empty_channels, number_of_block, span, of_keys, of_gate, 1)
             for v in gl.static_range(V // BV):
                 stage = wait_until_empty(empty_values, number_of_block * (V // BV) + v)
                 barrier = full_values.index(stage)
@@ -98,11 +99,10 @@ def copy_spans(
                     for half in gl.static_range(2):
                         place = [(span * 2 + half) * C, head * V + v * BV]
                         tma.async_copy_global_to_shared(values[i], place, barrier, to_values[i].index(2 * stage + half))
-                if v == stages - 1:
+                if v == stages - 1:  # later than what may be copied before the half of the block before is done with
                     copy_half(
-                        channels, to_channels, full_channels, empty_channels, number_of_block, span, head, block, GROUP,
-                        K, 0,
-                    )  # fmt: skip
+                        channels, to_channels, full_channels, empty_channels, number_of_block, span, of_keys, of_gate, 0
+                    )
 
 
 @gluon.jit
@@ -118,9 +118,12 @@ def load_half(to_channels, HALF: gl.constexpr, SUMS: gl.constexpr):
 def decays_of_half(to_channels, HALF: gl.constexpr, ones, nothing, zeros, SUMS: gl.constexpr):
     """The greater part of a half's logs; its decays to each token from the half's beginning, from it to the end, and
     [channels], over all of the half."""
-    logs = gl.maximum(load_turned(to_channels[2], HALF, SUMS) * LOG2_E, LEAST_LOG)
+    logs = log2_of(load_turned(to_channels[2], HALF, SUMS))
     high, rest = in_two_parts(logs, SUMS)
-    up_to, behind = sum_of(high, rest, ones.index(UP_TO + nothing), zeros), sum_of(high, rest, ones.index(BEHIND + nothing), zeros)
+    up_to, behind = (
+        sum_of(high, rest, ones.index(UP_TO + nothing), zeros),
+        sum_of(high, rest, ones.index(BEHIND + nothing), zeros),
+    )
     up_to, behind = warpgroup_mma_wait(0, deps=[up_to, behind])
     return high, gl.exp2(up_to), gl.exp2(behind), gl.exp2(gl.min(up_to, 1))  # sums never rise
 
@@ -158,14 +161,6 @@ def gradients_of_half(
 
 
 @gluon.jit
-def store_rows(to, stride, x):
-    """x [channels, tokens], by tokens."""
-    channel = gl.arange(0, x.shape[0], gl.SliceLayout(1, BY_VALUES))[:, None]
-    token = gl.arange(0, x.shape[1], gl.SliceLayout(0, BY_VALUES))[None, :]
-    gl.store(to + channel + token * stride, gl.convert_layout(x.to(to.dtype.element_ty), BY_VALUES))
-
-
-@gluon.jit
 def compute_keys(
     to_pairs, to_channels, to_values, to_states, ones, by_level,
     full_pairs, empty_pairs, full_channels, empty_channels, full_values, empty_values,
@@ -195,7 +190,7 @@ def compute_keys(
         first_token = (span * (2 * C)).to(gl.int64)
         for block in range(K // BK):
             number_of_block = number * (K // BK) + block
-            nothing = block * (gl.num_programs(2) - 1)
+            nothing = nothing_at(number_of_block)
             q_sum0, q_sum1, k_sum0, k_sum1 = zeros, zeros, zeros, zeros
             carried = gl.zeros([BK, BK], gl.float32, sums_of(BK))
             for v in range(V // BV):
