@@ -149,12 +149,13 @@ def compute_chunks(
             made = ()
             for level in gl.static_range(LEVELS):
                 x = gl.exp2(logs)
-                late = (((row >> level) & 1) == 1)[None, :]
+                half = (row >> level) & 1
+                late, early = (half == 1)[None, :], (half == 0)[None, :]
                 left, right = to_late.index(level % 2 + nothing), to_early.index(level % 2 + nothing)
                 left.slice(0, C).permute((1, 0)).store(gated(q, x, late, level).to(gl.bfloat16))
                 if ERASE != NONE:
                     left.slice(C, C).permute((1, 0)).store(gated(e, x, late, level).to(gl.bfloat16))
-                right.permute((1, 0)).store(gated(k, x, late == False, level).to(gl.bfloat16))  # noqa: E712
+                right.permute((1, 0)).store(gated(k, x, early, level).to(gl.bfloat16))
                 fence_async_shared()
                 pairs = warpgroup_mma(left, right.permute((1, 0)), by_level[level], is_async=True)
                 logs = warpgroup_mma(high, ones.index(level + 1 + nothing), zeros, is_async=True)  # of the next level

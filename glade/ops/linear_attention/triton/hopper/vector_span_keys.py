@@ -99,7 +99,7 @@ def copy_spans(
                     for half in gl.static_range(2):
                         place = [(span * 2 + half) * C, head * V + v * BV]
                         tma.async_copy_global_to_shared(values[i], place, barrier, to_values[i].index(2 * stage + half))
-                if v == stages - 1:  # later than what may be copied before the half of the block before is done with
+                if v == stages - 1:  # its stage is empty when the block before is done, those of the values are sooner
                     copy_half(
                         channels, to_channels, full_channels, empty_channels, number_of_block, span, of_keys, of_gate, 0
                     )
@@ -120,10 +120,8 @@ def decays_of_half(to_channels, HALF: gl.constexpr, ones, nothing, zeros, SUMS: 
     [channels], over all of the half."""
     logs = log2_of(load_turned(to_channels[2], HALF, SUMS))
     high, rest = in_two_parts(logs, SUMS)
-    up_to, behind = (
-        sum_of(high, rest, ones.index(UP_TO + nothing), zeros),
-        sum_of(high, rest, ones.index(BEHIND + nothing), zeros),
-    )
+    up_to = sum_of(high, rest, ones.index(UP_TO + nothing), zeros)
+    behind = sum_of(high, rest, ones.index(BEHIND + nothing), zeros)
     up_to, behind = warpgroup_mma_wait(0, deps=[up_to, behind])
     return high, gl.exp2(up_to), gl.exp2(behind), gl.exp2(gl.min(up_to, 1))  # sums never rise
 
