@@ -149,11 +149,12 @@ def ask_which_calls():
         return
 
     def served(
-        corner, shape=WHOLE, dtype=torch.bfloat16, cu_seqlens=None, block=launches.VALUES, carried=None, **given
+        corner, shape=WHOLE, dtype=torch.bfloat16, cu_seqlens=None, block=launches.VALUES, carried=None, span=0, **given
     ):
-        """By which kernels, and `R` and `do` as v lies where they are not given."""
+        """By which kernels, with chunks in spans of another length than usual if `span` is one."""
         x = make_inputs(corner, shape, dtype=dtype, cu_seqlens=cu_seqlens) | given
         call = Call(x["q"], x["v"], x["g"], x["erase"], x["write"], cu_seqlens)
+        call.span = span or call.span
         q, k, v, g, erase, write = (x[name] for name in ("q", "k", "v", "g", "erase", "write"))
         rows = torch.empty_like(v, memory_format=torch.contiguous_format)
         asked = {
@@ -173,6 +174,8 @@ def ask_which_calls():
         assert served(corner) == vector, corner
         assert served(corner, block=32) == vector - {"vector states"}
         assert served(corner, carried=torch.zeros(1)) == vector - {"vector keys"}
+    for corner, span in ((gdn, 1), (gla, 1), (kda, 2), (gdn2, 2)):
+        assert served(corner, span=span) == served(corner) - {"keys", "states", "vector keys"}, corner
     others = ("scalar", "scalar", "vector"), ("none", "vector", "none"), ("scalar", "none", "scalar")
     for corner in (Corner(*kinds) for kinds in others):
         assert not served(corner), corner
