@@ -120,7 +120,7 @@ def compute_keys(
             gate = gl.load(of_tokens + row * erase_strides[0]).to(gl.float32)[None, :]
         for block in range(K // BK):
             number_of_block = number * (K // BK) + block
-            nothing = nothing_at(block)
+            nothing = nothing_at(block if K > BK else number)
             stage = wait_until_full(full_channels, number_of_block)
             q_tile = to_channels[0].index(stage).permute((1, 0)).load(SUMS)
             k_tile = to_channels[1].index(stage).permute((1, 0)).load(SUMS)

@@ -188,7 +188,7 @@ def compute_keys(
         first_token = (span * (2 * C)).to(gl.int64)
         for block in range(K // BK):
             number_of_block = number * (K // BK) + block
-            nothing = nothing_at(block)
+            nothing = nothing_at(block if K > BK else number)
             q_sum0, q_sum1, k_sum0, k_sum1 = zeros, zeros, zeros, zeros
             carried = gl.zeros([BK, BK], gl.float32, sums_of(BK))
             for v in range(V // BV):
