@@ -325,6 +325,7 @@ def in_the_interpreter():
         check_interpreted(corner, packed, cu_seqlens)
     check_interpreted(CORNERS["kda"], Shape(1, 33, 1, 1), dtype=torch.float16)
     check_whole_tiles()
+    check_inverse()
     check_interpreted_step()
     check_gradients_of_outputs_alone()
     # states kept at every second chunk only
@@ -432,6 +433,18 @@ def check_segments():
     check_interpreted(Corner("scalar", "scalar", "vector"), documents, cu_seqlens, segments=10, gate="extreme")
     for name in ("scalar-decay", "gla", "gdn2"):
         check_interpreted(CORNERS[name], documents, cu_seqlens, segments=10, gate="extreme")
+
+
+def check_inverse():
+    """In place; what stands on the diagonal and above it is not read."""
+    import triton.language as tl
+
+    from glade.ops.linear_attention.triton.prepare import inverse_kernel
+
+    A = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)) / 4
+    exact = torch.linalg.inv(torch.eye(32).double() + A.double().tril(-1))
+    inverse_kernel[(3,)](A, C=32, LEVELS=5, DTYPE=tl.float32, PRECISION="ieee")
+    assert (A - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def check_whole_tiles():

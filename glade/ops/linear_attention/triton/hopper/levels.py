@@ -19,6 +19,14 @@ UP_TO, BEHIND = gl.constexpr(5), gl.constexpr(6)  # of `ones`, behind a matrix f
 
 
 @gluon.jit
+def tile_at(number, first, step, HV):
+    """Of the tiles that a program takes, every `step`-th from `first` on: which one it is, its chunk or span, and its
+    head. Neighbouring programs take neighbouring heads."""
+    tile = first + number * step
+    return tile, tile // HV, tile % HV
+
+
+@gluon.jit
 def nothing_at(number):
     """0, which the compiler takes for another number each time: of a place in shared memory that it knew, it would find
     what a product needs before all loops, and keep it in registers that are not there."""
@@ -26,8 +34,8 @@ def nothing_at(number):
 
 
 @gluon.jit
-def log2_of(g):
-    """The logs of decays, in base 2."""
+def log2_decay(g):
+    """That of `tiles.py`, which Gluon cannot call."""
     return gl.maximum(g * LOG2_E, LEAST_LOG)
 
 
@@ -63,6 +71,21 @@ def store_levels(by_level, pairs, other, token, FIRST: gl.constexpr):
     """The pairs of each level by themselves, from place FIRST on; they lie on both sides of the diagonal."""
     for level in gl.static_range(LEVELS):
         by_level.index(FIRST + level).store(gl.where(((other ^ token) >> level) == 1, pairs, 0.0).to(gl.bfloat16))
+
+
+@gluon.jit
+def with_themselves(pairs, other, token):
+    """The pairs on the diagonal, for each token."""
+    return gl.sum(gl.where(other == token, pairs.to(gl.float32), 0.0), 0)
+
+
+@gluon.jit
+def decays_of_halves(logs, row, level):
+    """Between the tokens of a level's later halves, and those of the earlier ones, and the first token of a later half;
+    zero for the others."""
+    x = gl.exp2(logs)
+    late = (((row >> level) & 1) == 1)[None, :]
+    return gl.where(late, x, 0.0), gl.where(late, 0.0, x)
 
 
 @gluon.jit

@@ -66,6 +66,13 @@ def square_of(C: gl.constexpr):
 
 
 @gluon.jit
+def squares_of(NUMBER: gl.constexpr, C: gl.constexpr):
+    """The same NUMBER times."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
+    return gl.allocate_shared_memory(gl.bfloat16, [NUMBER, C, C], layout)
+
+
+@gluon.jit
 def stages_for(tiles, STAGES: gl.constexpr):
     """For STAGES tiles."""
     tile: gl.constexpr = tiles.block_type.shape
@@ -114,6 +121,13 @@ def wait_until_empty(empty, step):
     stage = step % empty.shape[0]
     mbarrier.wait(empty.index(stage), ((step // empty.shape[0]) & 1) ^ 1)
     return stage
+
+
+@gluon.jit
+def copy_tiles(tiles, place, barrier, buffers, stage):
+    """Asks for the tile at one place of each descriptor."""
+    for i in gl.static_range(len(tiles)):
+        tma.async_copy_global_to_shared(tiles[i], place, barrier, buffers[i].index(stage))
 
 
 @gluon.jit

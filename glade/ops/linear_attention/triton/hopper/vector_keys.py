@@ -21,14 +21,17 @@ from glade.ops.linear_attention.triton.hopper.levels import (
     BEHIND,
     LEVELS,
     UP_TO,
+    decays_of_halves,
     diagonal_of,
     in_two_parts,
-    log2_of,
+    log2_decay,
     nothing_at,
     store_levels,
     store_ones,
     store_rows,
     sum_of,
+    tile_at,
+    with_themselves,
 )
 from glade.ops.linear_attention.triton.hopper.pipeline import (
     BY_COLUMNS,
@@ -37,8 +40,10 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
     all_stages_for,
     barriers,
     bytes_of,
+    copy_tiles,
     left_of,
     load_turned,
+    squares_of,
     sums_of,
     wait_until_empty,
     wait_until_full,
@@ -58,13 +63,11 @@ def copy_chunks(
     BK: gl.constexpr = channels[0].block_type.shape[1]
     BV: gl.constexpr = states[0].block_type.shape[1]
     for number in range(gl.cdiv(end - first, step)):
-        tile = first + number * step
-        span, head = tile // HV, tile % HV
+        tile, span, head = tile_at(number, first, step, HV)
         stage = wait_until_empty(empty_values, number)
         barrier = full_values.index(stage)
         mbarrier.expect(barrier, bytes_of(values) * (V // BV) + bytes_of(pairs))
-        for i in gl.static_range(len(pairs)):
-            tma.async_copy_global_to_shared(pairs[i], [tile * C, 0], barrier, to_pairs[i].index(stage))
+        copy_tiles(pairs, [tile * C, 0], barrier, to_pairs, stage)
         for i in gl.static_range(len(values)):
             for v in gl.static_range(V // BV):
                 place = [span * C, head * V + v * BV]
@@ -81,9 +84,7 @@ def copy_chunks(
                 stage = wait_until_empty(empty_states, number_of_block * (V // BV) + v)
                 barrier = full_states.index(stage)
                 mbarrier.expect(barrier, bytes_of(states))
-                for i in gl.static_range(len(states)):
-                    place = [tile * K + block * BK, v * BV]
-                    tma.async_copy_global_to_shared(states[i], place, barrier, to_states[i].index(stage))
+                copy_tiles(states, [tile * K + block * BK, v * BV], barrier, to_states, stage)
 
 
 @gluon.jit
@@ -105,14 +106,13 @@ def compute_keys(
     row = gl.arange(0, C, gl.SliceLayout(0, SUMS))
     channel = gl.arange(0, BK, gl.SliceLayout(1, SUMS))[:, None]
     for number in range(gl.cdiv(end - first, step)):
-        tile = first + number * step
-        span, head = tile // HV, tile % HV
+        _, span, head = tile_at(number, first, step, HV)
         first_token = (span * C).to(gl.int64)
         stage = wait_until_full(full_values, number)
         d_products = to_pairs[0].index(stage).load(BY_COLUMNS)
         store_levels(dP_by_level, d_products, other, token, 0)
         store_levels(dT_by_level, to_pairs[1].index(stage).load(BY_COLUMNS), other, token, 0)
-        with_itself = gl.sum(gl.where(other == token, d_products.to(gl.float32), 0.0), 0)
+        with_itself = with_themselves(d_products, other, token)
         with_itself = gl.convert_layout(with_itself, gl.SliceLayout(0, SUMS))[None, :]
         fence_async_shared()
         if ERASE == SCALAR:
@@ -124,7 +124,7 @@ def compute_keys(
             stage = wait_until_full(full_channels, number_of_block)
             q_tile = to_channels[0].index(stage).permute((1, 0)).load(SUMS)
             k_tile = to_channels[1].index(stage).permute((1, 0)).load(SUMS)
-            logs = log2_of(load_turned(to_channels[2], stage, SUMS))
+            logs = log2_decay(load_turned(to_channels[2], stage, SUMS))
             if ERASE == VECTOR:
                 gate_tile = to_channels[3].index(stage).permute((1, 0)).load(SUMS)
             mbarrier.arrive(empty_channels.index(stage), count=1)
@@ -155,9 +155,7 @@ def compute_keys(
             # the logs' rest is left out, as in `triton/vector_keys.py`
             logs = warpgroup_mma(high, ones.index(nothing), zeros)
             for level in range(LEVELS):
-                x = gl.exp2(logs)
-                late = (((row >> level) & 1) == 1)[None, :]
-                x_late, x_early = gl.where(late, x, 0.0), gl.where(late, 0.0, x)
+                x_late, x_early = decays_of_halves(logs, row, level)
                 q, k = q_tile.to(gl.float32), k_tile.to(gl.float32)
                 if ERASE == VECTOR:
                     gate = gate_tile.to(gl.float32)
@@ -199,15 +197,14 @@ def hopper_vector_keys_kernel(
 ):  # fmt: skip
     C: gl.constexpr = q.block_type.shape[0]
     BV: gl.constexpr = do.block_type.shape[1]
-    SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
     values, pairs, channels, states = (do, R, dR), (dP, dT), (q, k, g), (S, dS)
     if ERASE == VECTOR:
         channels += (erase,)
     to_values, to_pairs = all_stages_for(values, V // BV), all_stages_for(pairs, 1)
     to_channels, to_states = all_stages_for(channels, 1), all_stages_for(states, STAGES)
-    ones = gl.allocate_shared_memory(gl.bfloat16, [LEVELS + 2, C, C], SQUARE)
-    dP_by_level = gl.allocate_shared_memory(gl.bfloat16, [LEVELS, C, C], SQUARE)
-    dT_by_level = gl.allocate_shared_memory(gl.bfloat16, [LEVELS, C, C], SQUARE)
+    ones = squares_of(LEVELS + 2, C)
+    dP_by_level = squares_of(LEVELS, C)
+    dT_by_level = squares_of(LEVELS, C)
     full_values, empty_values = barriers(1)
     full_channels, empty_channels = barriers(1)
     full_states, empty_states = barriers(STAGES)

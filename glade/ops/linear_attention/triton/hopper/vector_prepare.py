@@ -23,10 +23,11 @@ from glade.ops.linear_attention.triton.hopper.levels import (
     LEVELS,
     UP_TO,
     in_two_parts,
-    log2_of,
+    log2_decay,
     nothing_at,
     store_ones,
     sum_of,
+    tile_at,
 )
 from glade.ops.linear_attention.triton.hopper.pipeline import (
     BY_COLUMNS,
@@ -36,7 +37,9 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
     barriers,
     buffer_for,
     bytes_of,
+    copy_tiles,
     load_turned,
+    squares_of,
     sums_of,
     wait_until_empty,
     wait_until_full,
@@ -50,8 +53,7 @@ def copy_chunks(q, k, to_q_and_k, channels, to_channels, full, empty, first, end
     C: gl.constexpr = q.block_type.shape[0]
     BK: gl.constexpr = q.block_type.shape[1]
     for number in range(gl.cdiv(end - first, step)):
-        tile = first + number * step
-        m, head = tile // HV, tile % HV
+        _, m, head = tile_at(number, first, step, HV)
         for block in range(K // BK):
             stage = wait_until_empty(empty, number * (K // BK) + block)
             barrier = full.index(stage)
@@ -60,9 +62,7 @@ def copy_chunks(q, k, to_q_and_k, channels, to_channels, full, empty, first, end
             both = to_q_and_k.index(stage)
             tma.async_copy_global_to_shared(q, place, barrier, both.slice(0, C))
             tma.async_copy_global_to_shared(k, place, barrier, both.slice(C, C))
-            for i in gl.static_range(len(channels)):
-                place = [m * C, head * K + block * BK]
-                tma.async_copy_global_to_shared(channels[i], place, barrier, to_channels[i].index(stage))
+            copy_tiles(channels, [m * C, head * K + block * BK], barrier, to_channels, stage)
 
 
 @gluon.jit
@@ -104,15 +104,14 @@ def compute_chunks(
     row = gl.arange(0, C, gl.SliceLayout(0, SUMS))
     channel = gl.arange(0, BK, gl.SliceLayout(1, SUMS))
     for number in range(gl.cdiv(end - first, step)):
-        tile = first + number * step
-        m, head = tile // HV, tile % HV
+        tile, m, head = tile_at(number, first, step, HV)
         tokens = m.to(gl.int64) * C + row
         if ERASE == SCALAR:
             gate = gl.load(erase + tokens * erase_strides[0] + head * erase_strides[1]).to(gl.float32)[None, :]
         if WRITE == SCALAR:
             written = gl.load(write + tokens * write_strides[0] + head * write_strides[1])
             gl.store(write_rows + tile.to(gl.int64) * C + row, written.to(gl.float32))
-        with_itself, p0, p1, p2, p3, p4 = zeros, zeros, zeros, zeros, zeros, zeros
+        with_itself, by_level = zeros, (zeros, zeros, zeros, zeros, zeros)
         for block in range(K // BK):
             number_of_block = number * (K // BK) + block
             nothing = nothing_at(number_of_block)
@@ -120,14 +119,14 @@ def compute_chunks(
             both = to_q_and_k.index(stage)
             q = both.slice(0, C).permute((1, 0)).load(SUMS).to(gl.float32)
             k = both.slice(C, C).permute((1, 0)).load(SUMS).to(gl.float32)
-            logs = log2_of(load_turned(to_channels[0], stage, SUMS))
+            logs = log2_decay(load_turned(to_channels[0], stage, SUMS))
             if ERASE == VECTOR:
                 gate = load_turned(to_channels[1], stage, SUMS)
             with_itself = warpgroup_mma(both, both.slice(C, C).permute((1, 0)), with_itself, is_async=True)
             high, rest = in_two_parts(logs, SUMS)
             up_to = sum_of(high, rest, ones.index(UP_TO + nothing), zeros)
             behind = sum_of(high, rest, ones.index(BEHIND + nothing), zeros)
-            logs = warpgroup_mma(high, ones.index(nothing), zeros, is_async=True)
+            logs = warpgroup_mma(high, ones.index(nothing), zeros, is_async=True)  # without their rest, as in the keys
             with_itself, up_to, behind, logs = warpgroup_mma_wait(0, deps=[with_itself, up_to, behind, logs])
             mbarrier.arrive(empty.index(stage), count=1)
             to_row = gl.exp2(up_to)
@@ -145,7 +144,6 @@ def compute_chunks(
             tma.async_copy_shared_to_global(Kt, place, out_buffers[1])
             if ERASE != NONE:
                 tma.async_copy_shared_to_global(Eg, place, out_buffers[2])
-            by_level = (p0, p1, p2, p3, p4)
             made = ()
             for level in gl.static_range(LEVELS):
                 x = gl.exp2(logs)
@@ -161,9 +159,9 @@ def compute_chunks(
                 logs = warpgroup_mma(high, ones.index(level + 1 + nothing), zeros, is_async=True)  # of the next level
                 pairs, logs = warpgroup_mma_wait(0, deps=[pairs, logs])
                 made += (pairs,)
-            p0, p1, p2, p3, p4 = made
+            by_level = made
             gl.store(decay + tile.to(gl.int64) * K + block * BK + channel, whole)  # no fence has to wait for it here
-        pairs = of_their_levels((p0, p1, p2, p3, p4), with_itself, scale, C)
+        pairs = of_their_levels(by_level, with_itself, scale, C)
         tma.store_wait(0)
         pairs_buffer.store(pairs.to(gl.bfloat16))
         fence_async_shared()
@@ -190,7 +188,7 @@ def hopper_vector_prepare_kernel(
         out_buffers += (buffer_for(Eg),)
     to_q_and_k = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * C, BK], q.layout)
     to_channels = all_stages_for(channels, STAGES)
-    ones = gl.allocate_shared_memory(gl.bfloat16, [LEVELS + 2, C, C], SQUARE)
+    ones = squares_of(LEVELS + 2, C)
     to_late = gl.allocate_shared_memory(gl.bfloat16, [2, 2 * C, BK], q.layout)
     to_early = gl.allocate_shared_memory(gl.bfloat16, [2, C, BK], q.layout)
     pairs_buffer = gl.allocate_shared_memory(gl.bfloat16, [2 * C, C], SQUARE)

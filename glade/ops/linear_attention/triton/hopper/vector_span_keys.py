@@ -21,14 +21,17 @@ from glade.ops.linear_attention.triton.hopper.levels import (
     BEHIND,
     LEVELS,
     UP_TO,
+    decays_of_halves,
     diagonal_of,
     in_two_parts,
-    log2_of,
+    log2_decay,
     nothing_at,
     store_levels,
     store_ones,
     store_rows,
     sum_of,
+    tile_at,
+    with_themselves,
 )
 from glade.ops.linear_attention.triton.hopper.pipeline import (
     BY_COLUMNS,
@@ -37,8 +40,10 @@ from glade.ops.linear_attention.triton.hopper.pipeline import (
     all_stages_for,
     barriers,
     bytes_of,
+    copy_tiles,
     left_of,
     load_turned,
+    squares_of,
     stages_for,
     sums_of,
     wait_until_empty,
@@ -76,8 +81,7 @@ def copy_spans(
     BV: gl.constexpr = states[0].block_type.shape[1]
     stages: gl.constexpr = to_states[0].shape[0]
     for number in range(gl.cdiv(end - first, step)):
-        tile = first + number * step
-        span, head = tile // HV, tile % HV
+        tile, span, head = tile_at(number, first, step, HV)
         stage = wait_until_empty(empty_pairs, number)
         barrier = full_pairs.index(stage)
         mbarrier.expect(barrier, 3 * bytes_of((pairs,)))
@@ -92,9 +96,7 @@ def copy_spans(
                 stage = wait_until_empty(empty_values, number_of_block * (V // BV) + v)
                 barrier = full_values.index(stage)
                 mbarrier.expect(barrier, 2 * bytes_of(values) + bytes_of(states))
-                for i in gl.static_range(len(states)):
-                    place = [tile * K + block * BK, v * BV]
-                    tma.async_copy_global_to_shared(states[i], place, barrier, to_states[i].index(stage))
+                copy_tiles(states, [tile * K + block * BK, v * BV], barrier, to_states, stage)
                 for i in gl.static_range(len(values)):
                     for half in gl.static_range(2):
                         place = [(span * 2 + half) * C, head * V + v * BV]
@@ -118,7 +120,7 @@ def load_half(to_channels, HALF: gl.constexpr, SUMS: gl.constexpr):
 def decays_of_half(to_channels, HALF: gl.constexpr, ones, nothing, zeros, SUMS: gl.constexpr):
     """The greater part of a half's logs; its decays to each token from the half's beginning, from it to the end, and
     [channels], over all of the half."""
-    logs = log2_of(load_turned(to_channels[2], HALF, SUMS))
+    logs = log2_decay(load_turned(to_channels[2], HALF, SUMS))
     high, rest = in_two_parts(logs, SUMS)
     up_to = sum_of(high, rest, ones.index(UP_TO + nothing), zeros)
     behind = sum_of(high, rest, ones.index(BEHIND + nothing), zeros)
@@ -137,9 +139,7 @@ def gradients_of_half(
     row = gl.arange(0, q.shape[1], gl.SliceLayout(0, SUMS))
     logs = warpgroup_mma(high, ones.index(nothing), zeros)
     for level in range(LEVELS):
-        x = gl.exp2(logs)
-        late = (((row >> level) & 1) == 1)[None, :]
-        x_late, x_early = gl.where(late, x, 0.0), gl.where(late, 0.0, x)
+        x_late, x_early = decays_of_halves(logs, row, level)
         left = gl.convert_layout((q * x_late + k * x_early).to(gl.bfloat16), left_of(SUMS))
         of_others = warpgroup_mma(left, by_level.index(HALF * LEVELS + level + nothing), zeros, is_async=True)
         logs = warpgroup_mma(high, ones.index(level + 1 + nothing), zeros, is_async=True)  # of the next level
@@ -150,8 +150,8 @@ def gradients_of_half(
     high, rest = in_two_parts(per_row, SUMS)
     gradient = sum_of(high, rest, ones.index(UP_TO + nothing).permute((1, 0)), zeros)  # from each row on
     # the diagonal pairs, which do not decay, come last
-    store_rows(to_q, dq_stride, q_sum + with_itself[None, :] * k)
-    store_rows(to_k, dk_stride, k_sum + with_itself[None, :] * q)
+    store_rows(to_q, dq_stride, q_sum + with_itself * k)
+    store_rows(to_k, dk_stride, k_sum + with_itself * q)
     gradient = warpgroup_mma_wait(0, deps=[gradient]) + onward[:, None]
     channel = gl.arange(0, q.shape[0], gl.SliceLayout(1, SUMS))[:, None]
     gl.store(to_g + channel + row[None, :] * dg_stride, gradient)
@@ -174,16 +174,14 @@ def compute_keys(
     store_ones(ones, other, token)
     zeros = gl.zeros([BK, C], gl.float32, SUMS)
     for number in range(gl.cdiv(end - first, step)):
-        tile = first + number * step
-        span, head = tile // HV, tile % HV
+        _, span, head = tile_at(number, first, step, HV)
         wait_until_full(full_pairs, number)
         early, late = to_pairs.index(EARLY).load(BY_COLUMNS), to_pairs.index(LATE).load(BY_COLUMNS)
         store_levels(by_level, early, other, token, 0)
         store_levels(by_level, late, other, token, LEVELS)
-        early = gl.sum(gl.where(other == token, early.to(gl.float32), 0.0), 0)
-        late = gl.sum(gl.where(other == token, late.to(gl.float32), 0.0), 0)
-        of_early = gl.convert_layout(early, gl.SliceLayout(0, SUMS))
-        of_late = gl.convert_layout(late, gl.SliceLayout(0, SUMS))
+        early, late = with_themselves(early, other, token), with_themselves(late, other, token)
+        of_early = gl.convert_layout(early, gl.SliceLayout(0, SUMS))[None, :]
+        of_late = gl.convert_layout(late, gl.SliceLayout(0, SUMS))[None, :]
         fence_async_shared()
         first_token = (span * (2 * C)).to(gl.int64)
         for block in range(K // BK):
@@ -248,12 +246,11 @@ def hopper_vector_span_keys_kernel(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     C: gl.constexpr = q.block_type.shape[0]
-    SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
     channels, values, states = (q, k, g), (do, R), (S, dS)
     to_pairs, to_channels = stages_for(dP, 3), all_stages_for(channels, 2)  # of each half
     to_values, to_states = all_stages_for(values, 2 * STAGES), all_stages_for(states, STAGES)
-    ones = gl.allocate_shared_memory(gl.bfloat16, [LEVELS + 2, C, C], SQUARE)
-    by_level = gl.allocate_shared_memory(gl.bfloat16, [2 * LEVELS, C, C], SQUARE)
+    ones = squares_of(LEVELS + 2, C)
+    by_level = squares_of(2 * LEVELS, C)
     full_pairs, empty_pairs = barriers(1)
     full_channels, empty_channels = barriers(2)
     full_values, empty_values = barriers(STAGES)
